@@ -1,0 +1,28 @@
+"""AIPO (arXiv 2409.08845) on Mistral-Nemo-Instruct-2407, the model its hyper-parameters were searched on; one node of 8 GPUs."""
+model = "mistralai/Mistral-Nemo-Instruct-2407"
+prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"     # the paper's pool, 61,135 prompts
+iterations = 5                          # the paper goes up to 15 and reports the one best on Arena-Hard
+processes = 8
+
+# generate
+engine = "vllm"
+n_prompts = 20000                       # per iteration (Sec. 4.2); the paper writes new ones by self-instruct from this pool
+n = 5                                   # N (Sec. 3)
+temperature = 0.4                       # repository default, the paper is silent
+top_k = 50                              # repository
+max_new_tokens = 2048                   # repository
+max_prompt_tokens = 512                 # templated prompt (repository)
+
+# rank
+ranker_model = "llm-blender/PairRM"     # Sec. 3; z = mean log-odds of both orders
+max_response_tokens = 2016              # repository; removes every truncated response
+
+# train
+loss = "aipo"                           # Eq. 10
+beta = 0.1                              # Sec. 4.1
+alpha = 0.05                            # searched .03, .05, .07; the best one is not stated
+lambda_ = 0.2                           # searched .2, .5; the best one is not stated
+lr = 5e-7                               # Sec. 4.1, cosine with 10 % warm-up, one epoch
+batch_size = 256                        # Sec. 4.2
+max_length = 2560                       # 512 + 2048
+tokens_per_microbatch = 8192            # ours, for GPUs of 80 GB
