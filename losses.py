@@ -1,0 +1,251 @@
+"""Every objective of preference optimisation, over a fused log-prob gather. Mathematics only: no model, no settings, no collectives.
+
+Per pair, float32, shape (B,); w is chosen, l is rejected; lengths count response tokens with the end token, log-probs
+are sums over those tokens in nats (AIPO 2409.08845, Eq. 5 and 9):
+
+    logp_w, logp_l    under the policy            s_theta = logp_w - logp_l     margin of the policy
+    ref_w, ref_l      under the reference         s_ref   = ref_w - ref_l       margin of the reference
+    r_w, r_l          log-ratios, beta * r is     s       = s_theta - s_ref     what DPO looks at
+                      the implicit reward         n       = r_w / len_w - r_l / len_l
+    avg_w, avg_l      per-token averages          nll     = -avg_w
+    z, p = sig(z)     log-odds and probability that chosen beats rejected; without z labels are hard, p = 1
+    q_w, q_l          win rate against all candidates (SPPO)         g_w, g_l    scalar rewards (REBEL)
+"""
+import inspect
+
+import torch
+from torch.nn.functional import logsigmoid, relu, softplus
+
+sig, sp = torch.sigmoid, softplus
+
+# ---------------------------------------------------------------------------------------------- log-prob gather
+
+
+def chunk_logits(hidden, weight, softcap):
+    """Logits of one chunk in at least float32: (T, D), (V, D) -> (T, V)."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits = hidden.to(wide) @ weight.to(wide).T
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+class LogProb(torch.autograd.Function):
+    """Keeps one logsumexp per token; backward computes each chunk's logits again, so (T, V) never exists at once."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, chunk, softcap):
+        logp, lse = (hidden.new_empty(len(labels), dtype=torch.promote_types(hidden.dtype, torch.float32)) for _ in range(2))
+        for a in range(0, len(labels), chunk):
+            logits = chunk_logits(hidden[a:a + chunk], weight, softcap)                                      # (chunk, V)
+            lse[a:a + chunk] = logits.logsumexp(-1)
+            logp[a:a + chunk] = logits.gather(-1, labels[a:a + chunk, None])[:, 0] - lse[a:a + chunk]
+        ctx.save_for_backward(hidden, weight, labels, lse)
+        ctx.chunk, ctx.softcap = chunk, softcap
+        return logp
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, labels, lse = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=lse.dtype) if ctx.needs_input_grad[1] else None   # float32 across chunks
+        wide = weight.to(lse.dtype)
+        for a in range(0, len(labels), ctx.chunk):
+            part = slice(a, a + ctx.chunk)
+            logits = chunk_logits(hidden[part], weight, ctx.softcap)
+            slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2
+            d = (logits - lse[part, None]).exp_().mul_(-grad[part, None])             # grad * (onehot - softmax), (chunk, V)
+            d.scatter_add_(1, labels[part, None], grad[part, None])
+            d = d if slope is None else d * slope
+            d_hidden[part] = (d @ wide).to(hidden.dtype)
+            if d_weight is not None:
+                d_weight.addmm_(d.T, hidden[part].to(lse.dtype))
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
+
+
+def logprob(hidden, weight, labels, chunk=1024, softcap=None):
+    """Log-probability of each label, in nats: (T,) float32 (float64 from float64), differentiable in hidden and weight.
+
+    hidden (T, D) states that predict the labels; weight (V, D) of the output head, whole, not sharded; labels (T,) ids;
+    chunk: tokens whose logits exist at once; softcap: Gemma-2's cap * tanh(logits / cap), whose head is bypassed here.
+    """
+    return LogProb.apply(hidden, weight, labels, chunk, softcap)
+
+
+def margins(logp_w, logp_l, ref_w, ref_l, len_w, len_l, z=None, **extra):
+    """The symbols at the top of this file as a dict of (B,) tensors; extra columns (q_w, q_l, g_w, g_l) pass through."""
+    r_w, r_l, avg_w = logp_w - ref_w, logp_l - ref_l, logp_w / len_w
+    p = torch.ones_like(logp_w) if z is None else sig(z)
+    return dict(logp_w=logp_w, logp_l=logp_l, ref_w=ref_w, ref_l=ref_l, len_w=len_w, len_l=len_l, r_w=r_w, r_l=r_l,
+                s_theta=logp_w - logp_l, s_ref=ref_w - ref_l, s=r_w - r_l, avg_w=avg_w, avg_l=logp_l / len_l,
+                n=r_w / len_w - r_l / len_l, nll=-avg_w, p=p, **({} if z is None else {"z": z}), **extra)
+
+
+def bt(x, p):
+    """Bradley-Terry loss of the logit x under the label p; p = 1 gives -log sigmoid(x)."""
+    return p * sp(-x) + (1 - p) * sp(x)
+
+
+def logodds(avg):
+    """log(P / (1 - P)) of P = e^avg; the clamp keeps P = 1 finite (ORPO, 2403.07691 Eq. 4)."""
+    return avg - torch.log(-torch.expm1(avg.clamp(max=-1e-6)))
+
+
+# ---------------------------------------------------------------------------------------------- objectives: (B,) losses
+# logistic, with reference
+
+
+def dpo(s, p, *, beta):                                            # 2305.18290 Eq. 7; with label_smoothing it is cDPO
+    return bt(beta * s, p)
+
+
+def robust(s, *, beta, eps):                                       # 2403.00409 Eq. 9, unbiased under flips, can be negative
+    return ((1 - eps) * sp(-beta * s) - eps * sp(beta * s)) / (1 - 2 * eps)
+
+
+def alpha_dpo(s_theta, s_ref, p, *, beta, alpha):                  # 2409.08845 Eq. 6, a margin of alpha * beta * s_ref
+    return bt(beta * (s_theta - (1 + alpha) * s_ref), p)
+
+
+def aipo(s_theta, s_ref, p, nll, *, beta, alpha, lambda_):         # 2409.08845 Eq. 10
+    return alpha_dpo(s_theta, s_ref, p, beta=beta, alpha=alpha) + lambda_ * nll
+
+
+def irpo(s, p, nll, *, beta, lambda_):                             # 2404.19733 Eq. 1, DPO + NLL
+    return bt(beta * s, p) + lambda_ * nll
+
+
+def rpo(s, p, logp_w, *, beta, eta):                               # 2405.16436, the summed log-prob, times beta
+    return bt(beta * s, p) - eta * beta * logp_w
+
+
+def rdpo(s, p, len_w, len_l, *, beta, alpha):                      # 2403.19159 Eq. 9, plus: a longer chosen earns less
+    return bt(beta * s + alpha * (len_w - len_l), p)
+
+
+def dpop(s, p, r_w, *, beta, lambda_):                             # 2402.13228 Eq. 3 (Smaug)
+    return bt(beta * (s - lambda_ * relu(-r_w)), p)
+
+
+def dpo_shift(r_w, r_l, p, *, beta, lambda_):                      # 2502.07599
+    return bt(beta * (r_w - lambda_ * r_l), p)
+
+
+def dpo_norm(n, p, *, beta):                                       # 2411.15124 (Tulu 3), length-normalised
+    return bt(beta * n, p)
+
+
+def cal_dpo(s, p, r_w, r_l, *, beta):                              # 2412.14516, no beta inside the sigmoid
+    return bt(s, p) + ((r_w - 0.5 / beta) ** 2 + (r_l + 0.5 / beta) ** 2) / 2
+
+
+def exo(s, *, beta, eps):                                          # 2402.00856 Eq. 16, reverse KL
+    log_q, log_1q, log_eps = logsigmoid(beta * s), logsigmoid(-beta * s), torch.log(s.new_tensor([eps, 1 - eps]))
+    return log_q.exp() * (log_q - log_eps[1]) + log_1q.exp() * (log_1q - log_eps[0])
+
+
+# squared or hinge
+
+
+def ipo(n, *, tau):                                                # 2310.12036 Eq. 17, per token as in TRL
+    return (n - 1 / (2 * tau)) ** 2
+
+
+def hinge(s, *, beta):                                             # 2309.06657 (RSO)
+    return relu(1 - beta * s)
+
+
+def slic(s_theta, logp_w, *, delta, lambda_):                      # 2305.10425 Eq. 1, chosen response as regulariser
+    return relu(delta - s_theta) - lambda_ * logp_w
+
+
+def sppo(r_w, r_l, q_w, q_l, *, beta):                             # 2405.00675 Eq. 4.7, beta = 1 / eta
+    return ((r_w - (q_w - 0.5) / beta) ** 2 + (r_l - (q_l - 0.5) / beta) ** 2) / 2
+
+
+def sppo_hard(r_w, r_l, *, beta):                                  # twice the official scale, as in TRL
+    return (r_w - 0.5 / beta) ** 2 + (r_l + 0.5 / beta) ** 2
+
+
+def irepo(s, z, *, beta):                                          # 2405.15230, target of Eq. 16: regress on the log-odds
+    return (beta * s - z) ** 2
+
+
+def rebel(s, g_w, g_l, *, eta):                                    # 2404.16767
+    return (s - eta * (g_w - g_l)) ** 2
+
+
+def inpo(s, *, eta):                                               # 2407.00617 Eq. 8; its reference columns come mixed
+    return (s - 1 / (2 * eta)) ** 2
+
+
+# absolute: each response on its own
+
+
+def nca(r_w, r_l, *, beta):                                        # 2402.05369
+    return sp(-beta * r_w) + (sp(beta * r_w) + sp(beta * r_l)) / 2
+
+
+def bco(r_w, r_l, *, beta):                                        # 2404.04656 without its running mean, as in TRL 1.x
+    return sp(-beta * r_w) + sp(beta * r_l)
+
+
+def apo_zero(r_w, r_l, *, beta):                                   # 2408.06266 Eq. 7, chosen better than the policy
+    return sig(-beta * r_w) + sig(beta * r_l)
+
+
+def apo_down(r_w, s, *, beta):                                     # Eq. 8, chosen worse than the policy
+    return sig(beta * r_w) + sig(-beta * s)
+
+
+def kto_pair(r_w, r_l, *, beta):                                   # 2402.01306, pair form; looks at the whole micro-batch
+    k_w, k_l = (r.detach().mean().clamp(min=0) for r in (r_w, r_l))
+    return (sig(-beta * (r_w - k_l)) + sig(-beta * (k_w - r_l))) / 2
+
+
+# without reference
+
+
+def simpo(avg_w, avg_l, p, *, beta, gamma):                        # 2405.14734 Eq. 6; gamma itself, not gamma / beta
+    return bt(beta * (avg_w - avg_l) - gamma, p)
+
+
+def repo(avg_w, avg_l, *, gamma):                                  # 2503.07426 (ReLU-based; not iREPO, not REBEL)
+    return relu(gamma - (avg_w - avg_l))
+
+
+def cpo(s_theta, p, nll, *, beta, lambda_):                        # 2401.08417
+    return bt(beta * s_theta, p) + lambda_ * nll
+
+
+def orpo(avg_w, avg_l, nll, *, lambda_):                           # 2403.07691 Eq. 6-7
+    return nll + lambda_ * sp(logodds(avg_l) - logodds(avg_w))
+
+
+def alpha_dpo_24(avg_w, avg_l, n, p, *, beta, gamma, alpha):       # 2410.10148, another alpha-DPO; z-score over the
+    centred = (n - n.mean()).detach()                              # micro-batch, where its code keeps running moments
+    zscore = centred / (centred.square().mean().sqrt() + 1e-8)
+    return bt(beta * (avg_w - avg_l) - gamma - beta * alpha * zscore, p)
+
+
+OBJECTIVES = {f.__name__: f for f in (
+    dpo, robust, alpha_dpo, aipo, irpo, rpo, rdpo, dpop, dpo_shift, dpo_norm, cal_dpo, exo, ipo, hinge, slic, sppo, sppo_hard,
+    irepo, rebel, inpo, nca, bco, apo_zero, apo_down, kto_pair, simpo, repo, cpo, orpo, alpha_dpo_24)}
+
+
+def pair_loss(name, margins, *, label_smoothing=0.0, **settings):
+    """Loss per pair, (B,), of the objective `name`, given `margins(...)` and at least the settings its signature names.
+
+    label_smoothing turns p into (1 - eps) p + eps (1 - p) for every objective that reads p. Raises ValueError for an
+    unknown name, a missing setting, a column that the pairs do not carry (z, q_w, q_l, g_w, g_l), or smoothing without p.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(f"loss '{name}' is unknown; there are: {', '.join(OBJECTIVES)}")
+    values = {**margins, "p": (1 - label_smoothing) * margins["p"] + label_smoothing * (1 - margins["p"])}
+    arguments, signature = {}, inspect.signature(OBJECTIVES[name]).parameters
+    if label_smoothing and "p" not in signature:
+        raise ValueError(f"loss '{name}' does not read p, so label_smoothing would be ignored: set it to 0")
+    for key, parameter in signature.items():
+        source, kind = (settings, "setting") if parameter.kind is parameter.KEYWORD_ONLY else (values, "column of the pairs")
+        if source.get(key) is None:
+            raise ValueError(f"loss '{name}' needs the {kind} '{key}'; there are: {', '.join(source)}")
+        arguments[key] = source[key]
+    return OBJECTIVES[name](**arguments)
