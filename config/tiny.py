@@ -8,7 +8,7 @@ iterations = 6
 # generate
 engine = "transformers"                 # runs anywhere; --engine=vllm is as good
 n_prompts = 512
-n = 5
+n_responses = 5
 temperature = 1.0                       # a small model needs it for five different answers
 top_k = 0
 max_new_tokens = 64
@@ -23,7 +23,7 @@ loss = "aipo"
 beta = 0.5                              # alpha * beta = .1 halves the growth in length here; the paper's .005 acts on
 alpha = 0.2                             # margins of tens to hundreds of nats, where these are 2 to 14
 lambda_ = 0.2
-lr = 4e-4
-batch_size = 32
+lr = 6e-4
+batch_size = 16
 betas = "0.9,0.99"
 recompute = False                       # memory is no concern at 0.8M parameters

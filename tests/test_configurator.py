@@ -102,3 +102,10 @@ def test_a_run_keeps_its_settings_and_may_only_grow(tmp_path):
     code, text = loop("r.py", "--iterations=3", "--prompts=my prompts.jsonl", "--beta=0.3")
     assert code == 1 and "this run was started with beta=0.2, not 0.3" in text
     assert loop("r.py", "--modle=x")[1] == "--modle=x: unknown setting 'modle', did you mean 'model'?\n"
+
+
+def test_no_setting_is_taken_by_torchrun_for_an_abbreviation_of_its_own():
+    from torch.distributed.run import get_args_parser
+    options = [o for action in get_args_parser()._actions for o in action.option_strings]
+    every = {k for script in configurator.SCRIPTS for k in configurator.declared(script)}
+    assert not [(k, o) for k in every for o in options if o.startswith("--" + k)]
