@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# What `make demo` runs: the loop with AIPO and with DPO from the same base, one core each, then the table and the figures.
+set -euo pipefail
+python tiny/prepare.py
+export OMP_NUM_THREADS=1
+bash iterate.sh config/tiny.py --loss=dpo --out=out/tiny_dpo > out/tiny_dpo.log 2>&1 &
+other=$!
+trap 'pkill -P $other; kill $other' EXIT   # an interrupted demo leaves nothing running
+bash iterate.sh config/tiny.py --out=out/tiny_aipo
+echo "--- waiting for DPO, whose answers are longer (out/tiny_dpo.log)"
+wait $other || { tail -n 5 out/tiny_dpo.log; exit 1; }
+trap - EXIT
+python plot.py out/tiny_aipo out/tiny_dpo

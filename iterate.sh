@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Algorithm 1 of AIPO: sample, rank, train, and again with the policy that came out.
+#
+#     bash iterate.sh config/x.py [--key=value ...]
+#
+# Each arrow is a process of its own (processes > 1: torchrun), so its memory is back when it ends. A stage whose output is
+# there is not run again: interrupt anywhere and run the same command to go on. Settings of the loop: configurator.py.
+set -euo pipefail
+here=$(dirname "$0")
+if [[ -z ${VIRTUAL_ENV:-} && -x $here/.venv/bin/python ]]; then PATH=$(realpath "$here")/.venv/bin:$PATH; fi
+
+settings=$(python "$here/configurator.py" "$@")   # checks them and keeps them as $out/recipe.py
+eval "$settings"
+parallel=python
+if ((processes > 1)); then parallel="torchrun --standalone --nproc-per-node=$processes"; fi
+stage() { echo "--- iteration $t: $2"; $1 "$here/$2.py" "$out/recipe.py" "${@:3}"; }
+
+if [[ $prepare ]]; then python "$here/$prepare"; fi
+policy=$model
+for ((t = 0; t <= iterations; t++)); do
+  now=$out/iter_$t
+  if ((t > 0)); then
+    stage "$parallel" generate --iteration="$t" --model="$policy" --out="$now/candidates.jsonl"
+    stage "$parallel" rank --candidates="$now/candidates.jsonl" --out="$now/pairs.jsonl"
+    stage "$parallel" train --model="$policy" --pairs="$now/pairs.jsonl" --out="$now/model"
+    policy=$now/model
+  fi
+  if [[ $eval_prompts ]]; then
+    stage "$parallel" generate --model="$policy" --prompts="$eval_prompts" --n_prompts="$n_eval" --n_responses=1 \
+      --temperature="$eval_temperature" --out="$now/answers.jsonl"
+    stage python eval --answers="$now/answers.jsonl" --baseline="$out/iter_0/answers.jsonl" --out="$now/eval.json"
+  fi
+done
+echo "$out is complete: $iterations iterations, the last policy is $policy"
