@@ -2,6 +2,7 @@
 # What `make demo` runs: the loop with AIPO and with DPO from the same base, one core each, then the table and the figures.
 set -euo pipefail
 python tiny/prepare.py
+mkdir -p out
 export OMP_NUM_THREADS=1
 bash iterate.sh config/tiny.py --loss=dpo --out=out/tiny_dpo > out/tiny_dpo.log 2>&1 &
 other=$!
