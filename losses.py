@@ -21,10 +21,9 @@ sig, sp = torch.sigmoid, softplus
 # ---------------------------------------------------------------------------------------------- log-prob gather
 
 
-def chunk_logits(hidden, weight, softcap):
-    """Logits of one chunk in at least float32: (T, D), (V, D) -> (T, V)."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    logits = hidden.to(wide) @ weight.to(wide).T
+def chunk_logits(hidden, wide, softcap):
+    """Logits of one chunk in the dtype of `wide`, the head in at least float32: (T, D), (V, D) -> (T, V)."""
+    logits = hidden.to(wide.dtype) @ wide.T
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
@@ -33,9 +32,10 @@ class LogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, chunk, softcap):
-        logp, lse = (hidden.new_empty(len(labels), dtype=torch.promote_types(hidden.dtype, torch.float32)) for _ in range(2))
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        logp, lse = (wide.new_empty(len(labels)) for _ in range(2))
         for a in range(0, len(labels), chunk):
-            logits = chunk_logits(hidden[a:a + chunk], weight, softcap)                                      # (chunk, V)
+            logits = chunk_logits(hidden[a:a + chunk], wide, softcap)                                        # (chunk, V)
             lse[a:a + chunk] = logits.logsumexp(-1)
             logp[a:a + chunk] = logits.gather(-1, labels[a:a + chunk, None])[:, 0] - lse[a:a + chunk]
         ctx.save_for_backward(hidden, weight, labels, lse)
@@ -50,7 +50,7 @@ class LogProb(torch.autograd.Function):
         wide = weight.to(lse.dtype)
         for a in range(0, len(labels), ctx.chunk):
             part = slice(a, a + ctx.chunk)
-            logits = chunk_logits(hidden[part], weight, ctx.softcap)
+            logits = chunk_logits(hidden[part], wide, ctx.softcap)
             slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2
             d = (logits - lse[part, None]).exp_().mul_(-grad[part, None])             # grad * (onehot - softmax), (chunk, V)
             d.scatter_add_(1, labels[part, None], grad[part, None])
@@ -196,7 +196,8 @@ def apo_down(r_w, s, *, beta):                                     # Eq. 8, chos
     return sig(beta * r_w) + sig(-beta * s)
 
 
-def kto_pair(r_w, r_l, *, beta):                                   # 2402.01306, pair form; looks at the whole micro-batch
+# The next one and alpha_dpo_24 look at the whole micro-batch: tokens_per_microbatch and the number of processes enter.
+def kto_pair(r_w, r_l, *, beta):                                   # 2402.01306, pair form
     k_w, k_l = (r.detach().mean().clamp(min=0) for r in (r_w, r_l))
     return (sig(-beta * (r_w - k_l)) + sig(-beta * (k_w - r_l))) / 2
 
@@ -220,8 +221,8 @@ def orpo(avg_w, avg_l, nll, *, lambda_):                           # 2403.07691 
     return nll + lambda_ * sp(logodds(avg_l) - logodds(avg_w))
 
 
-def alpha_dpo_24(avg_w, avg_l, n, p, *, beta, gamma, alpha):       # 2410.10148, another alpha-DPO; z-score over the
-    centred = (n - n.mean()).detach()                              # micro-batch, where its code keeps running moments
+def alpha_dpo_24(avg_w, avg_l, n, p, *, beta, gamma, alpha):       # 2410.10148, another alpha-DPO; its code keeps running moments
+    centred = (n - n.mean()).detach()
     zscore = centred / (centred.square().mean().sqrt() + 1e-8)
     return bt(beta * (avg_w - avg_l) - gamma - beta * alpha * zscore, p)
 

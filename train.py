@@ -17,7 +17,7 @@ import sys
 import time
 
 from configurator import configure
-from data import RANK, WORLD_SIZE, begin, load_tokenizer, manifest_of, pack, pick_device, plan, read_pairs, write_json
+from data import DTYPES, RANK, WORLD_SIZE, begin, load_tokenizer, manifest_of, pack, pick_device, plan, read_pairs, write_json
 
 # ---- settings ----
 model = ""                              # policy to start from, also the reference: Hugging Face folder or hub name
@@ -53,6 +53,12 @@ recompute = True                        # compute activations again in backward:
 gather_chunk = 1024                     # tokens whose logits exist at once
 config = configure(globals())
 
+SCHEDULES = {"cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)), "linear": lambda done: 1 - done, "constant": lambda done: 1.0}
+schedule in SCHEDULES or sys.exit(f"--schedule={schedule}: there are {', '.join(SCHEDULES)}")
+dtype in DTYPES or sys.exit(f"--dtype={dtype}: there are {', '.join(DTYPES)}")
+for key in ("batch_size", "tokens_per_microbatch", "gather_chunk", "epochs"):
+    config[key] > 0 or sys.exit(f"--{key}={config[key]}: has to be above 0")
+out = out.rstrip("/")
 manifest = begin(out, "", config, "model", "pairs")
 if manifest is None:
     sys.exit(0)
@@ -117,14 +123,16 @@ def build_policy(name):
     if unsupported or head is None or head.bias is not None or not hasattr(lm.base_model, "layers"):
         sys.exit(f"--model={name}: architecture {lm.__class__.__name__} is not supported ({unsupported or 'its head or its layers'}): "
                  "the log-prob gather reads the head's weight itself")
-    for parent in lm.modules():                                         # rotary tables are no weights: made, not loaded
-        for child_name, child in list(parent.named_children()):
-            if any(b.is_meta for b in child.buffers(recurse=False)):
-                setattr(parent, child_name, type(child)(config=hf).to(device))
+    for module in lm.modules():                                         # rotary tables and the like are made, not loaded
+        for buffer_name, buffer in module.named_buffers(recurse=False):
+            module._buffers[buffer_name] = torch.full_like(buffer, float("nan"), device=device)
+            lm._init_weights(module)
+            if module._buffers[buffer_name].isnan().any():
+                sys.exit(f"--model={name}: {lm.__class__.__name__} has a buffer '{buffer_name}' that this loader cannot make")
     lm.train()
     if recompute:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    precision = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32, output_dtype=torch.float32)
+    precision = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
     policy = Policy(lm)
     for layer in lm.base_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
@@ -133,7 +141,7 @@ def build_policy(name):
 
 def load_weights(policy, name):
     """Fill the policy from safetensors: every process reads the rows of each weight that it will hold, in float32."""
-    folder = name if os.path.isdir(name) else snapshot_download(name, allow_patterns=["*.safetensors", "*.json"])
+    folder = name if os.path.isdir(name) else snapshot_download(name, allow_patterns=["*.safetensors", "*.json"], ignore_patterns=["consolidated*", "original/*"])
     found = {}
     for file in sorted(f for f in os.listdir(folder) if f.endswith(".safetensors")):
         try:
@@ -174,6 +182,8 @@ def save(policy, folder):
 
 policy = build_policy(model)
 load_weights(policy, model)
+# before any forward pass: after one without gradient the root's weights stay gathered, and those are not ours to update
+optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=tuple(map(float, betas.split(","))), weight_decay=weight_decay, fused=True)
 
 # ---- the plan: which process computes which pairs when, fixed before the first step ----
 lengths = [2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in records]
@@ -184,9 +194,12 @@ for _ in range(epochs):
         draw.shuffle(order)
     steps += plan(lengths, order, batch_size, WORLD_SIZE, tokens_per_microbatch)
 steps = steps[:max_steps] if max_steps else steps
+loss in losses.OBJECTIVES or sys.exit(f"--loss={loss}: there are {', '.join(losses.OBJECTIVES)}")
+signature = inspect.signature(losses.OBJECTIVES[loss]).parameters
 carried = [c for c in ("z", "q_w", "q_l", "g_w", "g_l") if all(isinstance(r.get(c), (int, float)) for r in records)]
-if "z" in carried and not soft_labels and "z" not in inspect.signature(losses.OBJECTIVES.get(loss, losses.dpo)).parameters:
+if "z" in carried and not soft_labels and "z" not in signature:
     carried.remove("z")                                                 # hard labels
+soft_labels and "z" not in carried and sys.exit(f"--soft_labels=True: not every pair of {pairs} carries z, the label")
 
 
 def forward(group):
@@ -210,21 +223,22 @@ def margins(group, logp_w, logp_l):
 started = time.time()
 reference = torch.zeros(len(records), 2, device=device)                                                      # (pairs, [w, l])
 with torch.no_grad():
-    for groups in (groups for step in steps[:-(-len(records) // batch_size)] for groups in step):
-        logp_w, logp_l, _ = forward(groups[RANK])
-        reference[groups[RANK]] = torch.stack([logp_w, logp_l], 1)
+    for rounds in steps[:-(-len(records) // batch_size)]:               # of the first epoch
+        for groups in rounds:
+            logp_w, logp_l, _ = forward(groups[RANK])
+            reference[groups[RANK]] = torch.stack([logp_w, logp_l], 1)
 dist.all_reduce(reference)                                              # each process filled the rows of its own pairs
-say(f"{len(records)} pairs, {len(steps)} steps, {sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters on {WORLD_SIZE} x "
+uses = {k: config[k] for k, p in signature.items() if p.kind is p.KEYWORD_ONLY}
+say(f"loss {loss}({', '.join(f'{k}={v}' for k, v in uses.items())}), {len(records)} pairs, {len(steps)} steps, {sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters on {WORLD_SIZE} x "
     f"{device.type}, reference log-probs in {time.time() - started:.1f} s")
 
 try:                                                                    # what the first loss has to be: policy = reference
-    first = sum(losses.pair_loss(loss, margins(g, *reference[g].unbind(1)), **config).sum().item() for groups in steps[0] for g in groups if g)
+    expected = sum(losses.pair_loss(loss, margins(g, *reference[g].unbind(1)), **config).sum().item() for groups in steps[0] for g in groups if g)
 except ValueError as e:
     sys.exit(f"--loss={loss}: {e}")
-first /= sum(len(g) for groups in steps[0] for g in groups)
+expected /= sum(len(g) for groups in steps[0] for g in groups)
 
-# ---- optimizer and schedule ----
-optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=tuple(map(float, betas.split(","))), weight_decay=weight_decay, fused=True)
+# ---- schedule ----
 rising = math.ceil(warmup * len(steps))
 
 
@@ -233,7 +247,7 @@ def lr_at(step):
     if step < rising:
         return lr * step / rising
     done = (step - rising) / max(1, len(steps) - rising)
-    return lr * {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
+    return lr * SCHEDULES[schedule](done)
 
 
 # ---- the loop ----
@@ -264,9 +278,10 @@ for step, rounds in enumerate(steps):
     r = {"step": step, "lr": lr_at(step), **dict(zip(NAMES, (sums[:-1] / len(batch)).tolist())), "grad_norm": norm}
     seconds, tokens = time.time() - began, sum(lengths[i] for i in batch)
     r |= {"pairs": len(batch), "tokens": tokens, "tokens_per_s": tokens / seconds, "padding": 1 - tokens / sums[-1].item(), "memory_gib": peak_memory()}
-    if step == 0 and not abs(r["loss"] - first) <= (1e-3 if dtype == "float32" else 2e-2) * max(1, abs(first)):
-        sys.exit(f"--loss={loss}: the first loss is {r['loss']:.6f}, but with policy = reference it has to be {first:.6f}: "
+    if step == 0 and not abs(r["loss"] - expected) <= (1e-3 if dtype == "float32" else 2e-2) * max(1, abs(expected)):
+        sys.exit(f"--loss={loss}: the first loss is {r['loss']:.6f}, but with policy = reference it has to be {expected:.6f}: "
                  "the policy does not compute the same twice (dropout? a kernel that is not deterministic?)")
+    math.isfinite(r["loss"] + norm) or sys.exit(f"step {step + 1}: the loss is {r['loss']}, the gradient's norm {norm}: lower --lr, or look at its pairs")
     if RANK == 0:
         log.write(json.dumps(r) + "\n")
         log.flush()
