@@ -9,6 +9,7 @@ if this one does. Run as a script itself, this file resolves a whole run for ite
 """
 import ast
 import difflib
+import glob
 import os
 import re
 import shlex
@@ -19,13 +20,15 @@ iterations = 3                          # T, rounds of generate, rank, train, ev
 model = ""                              # the policy of iteration 0: Hugging Face folder or hub name
 out = ""                                # where a result goes; for iterate.sh the run's folder, out/<recipe> when empty
 processes = 1                           # processes per stage, one per GPU; above 1 each stage starts under torchrun
+engines = 0                             # processes of generate, each with tensor_parallel GPUs; 0: as many as processes
 prepare = ""                            # script that makes what the recipe needs (model, prompts), run first
 eval_prompts = ""                       # held-out prompts on which every iteration is evaluated; empty: no evaluation
+eval_prompt_field = ""                  # their column, as prompt_field
 n_eval = 0                              # how many of them; 0: all
 eval_temperature = 0.7                  # sampling temperature of the evaluated answers
 
 SCRIPTS = ("configurator.py", "generate.py", "rank.py", "train.py", "eval.py")
-FREE = ("iterations", "generate_rows", "gpu_memory", "rank_batch_tokens", "tokens_per_microbatch", "recompute", "gather_chunk")
+FREE = {"iterations", "gpu_memory", "rank_batch_tokens", "tokens_per_microbatch", "recompute", "gather_chunk"}
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -125,7 +128,7 @@ def main():
     """Resolve a run for iterate.sh: check every setting, keep them as out/RUN/recipe.py, print the loop's for the shell.
 
     A run keeps the settings it was started with. Those in FREE may change, so that it can go on for more iterations or
-    fit into less memory: they do not enter what is computed.
+    fit into less memory: beyond rounding they do not enter what is computed (kto_pair and alpha_dpo_24 excepted).
     """
     arguments = sys.argv[1:]
     every = {k: v for script in SCRIPTS for k, v in declared(script).items()}
@@ -134,8 +137,9 @@ def main():
     changed = changes(arguments, every, every)
     name = next((a for a in arguments if not a.startswith("--")), "run")
     run = changed.pop("out", "") or os.path.join("out", os.path.splitext(os.path.basename(name))[0])
+    changed.get("model") or sys.exit(f"{name}: 'model' is not set: a Hugging Face folder or hub name")
     path = os.path.join(run, "recipe.py")
-    if os.path.exists(path):
+    if os.path.exists(path) and glob.glob(os.path.join(run, "iter_*", "*.jsonl")):
         before = {k: v for k, (v, *_) in literals(path).items()}
         for key in sorted(before.keys() | changed.keys()):
             default = every[key][0] if key in every else None
@@ -147,7 +151,6 @@ def main():
         f.writelines(f"{k} = {v!r}\n" for k, v in changed.items())
     os.replace(path + ".tmp", path)
     loop = {k: changed.get(k, v) for k, (v, *_) in declared("configurator.py").items()} | {"out": run}
-    loop["model"] or sys.exit(f"{name}: 'model' is not set: a Hugging Face folder or hub name")
     print("\n".join(f"{k}={shlex.quote(str(v))}" for k, v in loop.items()))
 
 

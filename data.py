@@ -26,6 +26,7 @@ import sys
 
 from configurator import FREE
 
+DTYPES = ("bfloat16", "float32")
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 # ---------------------------------------------------------------------------------------------- files
@@ -53,17 +54,17 @@ def read(path, *required):
     place is "file:line". A line that is no JSON object or lacks a required field ends the program with its place.
     """
     for file in files(path):
-        with open(file, encoding="utf-8") as f:
-            if file.endswith(".json"):
-                try:
-                    rows = list(enumerate(json.load(f), 1))
-                except ValueError as e:
-                    sys.exit(f"{file}: not JSON: {e}")
-            else:
-                rows = ((n, line) for n, line in enumerate(f, 1) if line.strip())
-            for n, row in rows:
+        with open(file, encoding="utf-8", errors="replace") as f:
+            array = file.endswith(".json")
+            try:
+                lines = enumerate(json.load(f) if array else f, 1)
+            except (ValueError, TypeError) as e:
+                sys.exit(f"{file}: not a JSON array: {e}")
+            for n, row in lines:
                 place = f"{file}:{n}"
-                if isinstance(row, str):
+                if not array:
+                    if not row.strip():
+                        continue
                     try:
                         row = json.loads(row)
                     except ValueError as e:
@@ -165,7 +166,7 @@ def begin(out, suffix, config, *inputs):
         sys.exit(f"--out={out}: has to be " + (f"a {suffix} file" if suffix else "a folder"))
     for key in inputs:
         config[key] or sys.exit(f"--{key} is not set: give a path" + (" or a hub name" if "model" in key else ""))
-    manifest = {"settings": {k: v for k, v in config.items() if k not in inputs and k != "out" and k not in FREE},
+    manifest = {"settings": {k: v for k, v in config.items() if k not in inputs and k != "out"},
                 "inputs": {key: fingerprint(config[key]) for key in inputs}}
     out = shard(out) if suffix else out
     if os.path.isfile(out) or os.path.isdir(out) and os.listdir(out):
@@ -174,7 +175,7 @@ def begin(out, suffix, config, *inputs):
         with open(manifest_of(out), encoding="utf-8") as f:
             before = json.load(f)
         for kind in ("settings", "inputs"):
-            for key in manifest[kind] | before[kind]:
+            for key in (manifest[kind] | before[kind]).keys() - FREE:
                 old, new = before[kind].get(key), manifest[kind].get(key)
                 old == new or sys.exit(f"{out}: was made with another '{key}' ({old}, now {new}): remove it or choose another --out")
         print(f"{out}: complete, nothing to do", flush=True)
@@ -193,6 +194,15 @@ def begin(out, suffix, config, *inputs):
 # ---------------------------------------------------------------------------------------------- prompts
 
 
+def messages_of(value, role="user"):
+    """A list of chat messages from a list of them or a text, or None if it is neither."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    good = isinstance(value, list) and value and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+    return value if good else None
+
+
 def read_prompts(path, field=""):
     """Prompts as a list of records with `id` and `prompt` (messages), in file order.
 
@@ -208,11 +218,8 @@ def read_prompts(path, field=""):
     prompts, seen = [], {}
     for place, row in rows:
         key = field or next((f for f in ("prompt", "messages", "instruction") if f in row), "prompt")
-        value = row.get(key)
-        messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
-        if not (isinstance(messages, list) and messages and all(
-                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)):
-            sys.exit(f"{place}: '{key}' has to be a text or a list of messages with role and content; --prompt_field names the column")
+        messages = messages_of(row.get(key))
+        messages or sys.exit(f"{place}: '{key}' has to be a text or a list of messages with role and content; --prompt_field names the column")
         if key == "messages":                                           # a whole conversation: ask for its last answer
             messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
         name = str(row.get("id") or hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12])
@@ -251,7 +258,7 @@ def load_tokenizer(model):
     """(tokenizer, ids that end a turn) of a chat model; ends the program if it cannot be loaded or has no template."""
     from transformers import AutoTokenizer, GenerationConfig
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, mistral_format=False)     # vllm brings mistral_common, which has no template
     except (OSError, ValueError) as e:
         sys.exit(f"--model={model}: no model folder and no hub model that can be loaded ({str(e).strip().splitlines()[0]})")
     tokenizer.chat_template or sys.exit(f"--model={model}: its tokenizer has no chat template; take the instruction-tuned model")
@@ -262,38 +269,42 @@ def load_tokenizer(model):
     return tokenizer, ends - {None}
 
 
-def control_tokens(tokenizer):
-    return {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+def control_text(tokenizer):
+    """A pattern that finds the text of any control token."""
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
 
 
-def has_control_text(tokenizer, messages):
-    return any(t in m["content"] for m in messages for t in control_tokens(tokenizer))
-
-
-def encode(tokenizer, text, control=None):
-    """Ids of plain text, no specials added; text that spells a control token stays text, because it is cut inside."""
-    control = control_tokens(tokenizer) if control is None else control
-    cuts = [m.start() + 1 for m in re.finditer("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)", text)]
+def encode(tokenizer, text, control):
+    """Ids of plain text, no specials added; what the pattern `control` finds stays text, because it is cut inside."""
+    cuts = [m.start() + 1 for m in control.finditer(text)]
     pieces = [text[a:b] for a, b in zip([0] + cuts, cuts + [len(text)])]
     return [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False).input_ids]
 
 
-def render(tokenizer, messages):
-    """Prompt ids of a conversation, up to and with the mark that opens the assistant's turn; no second BOS."""
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+def render(tokenizer, messages, place):
+    """Prompt ids of a conversation, up to and with the mark that opens the assistant's turn; no second BOS.
+
+    Ends the program, naming the place, if the model's template refuses it (Gemma-2: a system message).
+    """
+    from jinja2 import TemplateError
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as e:
+        sys.exit(f"{place}: this model's chat template refuses the prompt: {e}")
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def render_response(tokenizer, ends, prompt, prompt_ids, response):
+def render_response(tokenizer, ends, control, prompt, prompt_ids, response):
     """Ids of a response that came as text, as this model's template writes it after the prompt, with one end of turn."""
     ids = None
-    if not has_control_text(tokenizer, response):
+    if not control.search(response[0]["content"]):
         text = tokenizer.apply_chat_template(prompt + response, tokenize=False)
         whole = tokenizer(text, add_special_tokens=False).input_ids
         if whole[:len(prompt_ids)] == prompt_ids:
             ids = whole[len(prompt_ids):]
     if ids is None:                                                     # the template rewrites earlier turns, or control text
-        ids = encode(tokenizer, response[0]["content"])
+        ids = encode(tokenizer, response[0]["content"], control)
     return ids if ends & set(ids) else ids + [tokenizer.eos_token_id]
 
 
@@ -306,22 +317,26 @@ def read_pairs(path, tokenizer, ends, max_length):
     Pairs that carry ids keep them; others are rendered here. Nothing is ever truncated: a pair with a sequence above
     max_length tokens, or whose prompt spells a control token, is dropped and counted.
     """
-    pairs, counts = [], {"pairs": 0, "too_long": 0, "control_text": 0}
+    pairs, counts, control = [], {"pairs": 0, "too_long": 0, "control_text": 0}, control_text(tokenizer)
     for place, pair in read(path, "prompt", "chosen", "rejected"):
         for key, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
-            if isinstance(pair[key], str):
-                pair[key] = [{"role": role, "content": pair[key]}]
-            if not (isinstance(pair[key], list) and pair[key] and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in pair[key])):
-                sys.exit(f"{place}: '{key}' has to be a text or a list of messages with role and content")
-        if "prompt_ids" not in pair:
-            if has_control_text(tokenizer, pair["prompt"]):
+            pair[key] = messages_of(pair[key], role) or sys.exit(f"{place}: '{key}' has to be a text or a list of messages with role and content")
+            if key != "prompt" and pair[key][:-1] == pair["prompt"]:
+                pair[key] = pair[key][-1:]                              # a whole conversation, as UltraFeedback has it
+            if key != "prompt" and [m["role"] for m in pair[key]] != ["assistant"]:
+                sys.exit(f"{place}: '{key}' has to be one message of the assistant, or the prompt and that message")
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        if not any(key in pair for key in names):
+            if any(control.search(m["content"]) for m in pair["prompt"]):
                 counts["control_text"] += 1
                 continue
-            pair["prompt_ids"] = render(tokenizer, pair["prompt"])
+            pair["prompt_ids"] = render(tokenizer, pair["prompt"], place)
             for key in ("chosen", "rejected"):
-                pair[key + "_ids"] = render_response(tokenizer, ends, pair["prompt"], pair["prompt_ids"], pair[key])
-        for key in ("chosen_ids", "rejected_ids"):
+                pair[key + "_ids"] = render_response(tokenizer, ends, control, pair["prompt"], pair["prompt_ids"], pair[key])
+        for key in names:
             pair.get(key) or sys.exit(f"{place}: '{key}' is missing or empty; a pair has either all ids or none")
+            if not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in pair[key]):
+                sys.exit(f"{place}: '{key}' has ids that this model's tokenizer does not know; the pairs are another model's")
         if len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) > max_length:
             counts["too_long"] += 1
             continue
@@ -336,20 +351,21 @@ def plan(lengths, order, batch_size, world_size, budget):
 
     lengths: tokens of both sequences of each pair. order: the pairs' indices as the optimizer shall see them, batch_size
     a step, the last step with what is left. Each step's pairs are dealt to equally many micro-batches on every process,
-    longest first into the emptiest, so that none exceeds `budget` tokens (unless one pair alone does). An empty list is
-    a micro-batch that a process computes only because the others need its collectives.
+    longest first into the emptiest, so that none exceeds `budget` tokens, padding not counted (unless one pair alone does).
+    An empty list is a micro-batch that a process computes only because the others need its collectives.
     """
     steps = []
     for start in range(0, len(order), batch_size):
         batch = sorted(order[start:start + batch_size], key=lambda i: -lengths[i])
-        count = max(1, -(-sum(lengths[i] for i in batch) // (budget * world_size)))
+        most = -(-len(batch) // world_size)                              # one pair each
+        count = min(most, -(-sum(lengths[i] for i in batch) // (budget * world_size)))
         while True:
             groups = [[0, g, []] for g in range(count * world_size)]
             for i in batch:
                 emptiest = min(groups)
                 emptiest[0] += lengths[i]
                 emptiest[2].append(i)
-            if max(groups)[0] <= budget or count * world_size >= len(batch):
+            if max(groups)[0] <= budget or count == most:
                 break
             count += 1
         groups = [sorted(g) for _, _, g in sorted(groups, reverse=True)]

@@ -7,6 +7,7 @@ Where prompts carry `answer`, the share of right answers is the truth that the j
 """
 import math
 import sys
+from statistics import fmean as mean
 
 from configurator import configure
 from data import begin, is_right, manifest_of, read, write_json
@@ -32,24 +33,25 @@ if missing:
 # ---- who wins (torch is imported only now: a finished stage ends above) ----
 from rankers import load_ranker, prompt_text
 
-pairs = [(row["responses"][0]["text"], theirs[row["id"]]["text"]) for row in ours]
+first = [row["responses"][0] for row in ours]
+pairs = [(r["text"], theirs[row["id"]]["text"]) for r, row in zip(first, ours)]
 differ = [k for k, (a, b) in enumerate(pairs) if a != b]                # equal answers tie without being judged
-odds = load_ranker(ranker, ranker_model, rank_batch_tokens)
-matrices = odds([prompt_text(ours[k]["prompt"]) for k in differ], [list(pairs[k]) for k in differ])
+matrices = []
+if differ:
+    odds = load_ranker(ranker, ranker_model, rank_batch_tokens)
+    matrices = odds([prompt_text(ours[k]["prompt"]) for k in differ], [list(pairs[k]) for k in differ])
 won = [0.5] * len(pairs)
 for k, m in zip(differ, matrices):
     won[k] = 0.5 if abs(m[0, 1]) < 1e-6 else float(m[0, 1] > 0)
 
-first = [row["responses"][0] for row in ours]
-checked = [is_right(row["responses"][0]["text"], row["answer"]) for row in ours if "answer" in row]
-mean = lambda values: sum(values) / len(values)
+checked = [is_right(r["text"], row["answer"]) for r, row in zip(first, ours) if "answer" in row]
 win_rate = mean(won)
 scores = {
     "judge": f"{ranker} {ranker_model}",
     "n": len(ours),
     "win_rate": win_rate,
     "win_rate_se": math.sqrt(sum((w - win_rate) ** 2 for w in won) / max(1, len(won) - 1) / len(won)),
-    "ties": len(pairs) - len(differ),
+    "ties": won.count(0.5),
     "accuracy": mean(checked) if checked else None,
     "length": mean([len(r["ids"]) for r in first]),                     # tokens, end token included
     "baseline_length": mean([len(theirs[row["id"]]["ids"]) for row in ours]),

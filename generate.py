@@ -12,7 +12,7 @@ import random
 import sys
 
 from configurator import configure
-from data import begin, derive_seed, has_control_text, load_tokenizer, pick_device, read_prompts, render, rows_of_rank, writing
+from data import DTYPES, begin, control_text, derive_seed, load_tokenizer, pick_device, read_prompts, render, rows_of_rank, writing
 
 # ---- settings ----
 model = ""                              # policy: Hugging Face folder or hub name
@@ -45,6 +45,8 @@ def vllm_engine(ends):
     for name in ("TORCHELASTIC_USE_AGENT_STORE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)                                      # torchrun's world is not the engine's
     import torch
+    if torch.version.cuda and torch.cuda.device_count() != tensor_parallel:
+        sys.exit(f"--tensor_parallel={tensor_parallel}: process {first // tensor_parallel} finds {torch.cuda.device_count()} GPUs; start fewer engines")
     from vllm import LLM, SamplingParams
     # On a CPU: compiling takes longer than a small model samples, and a prompt prefilled in parts loses the seed of its
     # request ("CPU Generator does not use offset", vLLM 0.32), so every prompt is prefilled whole.
@@ -70,6 +72,7 @@ def transformers_engine(ends):
     from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, StoppingCriteria
     device = pick_device()
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device).eval()
+    policy.generation_config = GenerationConfig()                       # else its own penalties would enter what is left unset
     end = torch.tensor(sorted(ends), device=device)
 
     class LogProbs(LogitsProcessor):
@@ -147,16 +150,18 @@ def transformers_engine(ends):
 
 
 def main():
+    dtype in DTYPES or sys.exit(f"--dtype={dtype}: there are {', '.join(DTYPES)}")
     manifest = begin(out, ".jsonl", config, "model", "prompts")
     if manifest is None:
         return
     tokenizer, ends = load_tokenizer(model)
+    control = control_text(tokenizer)
     counts, pool = {"prompts": 0, "control_text": 0, "too_long": 0}, []
     for row in read_prompts(prompts, prompt_field):
-        if has_control_text(tokenizer, row["prompt"]):
+        if any(control.search(m["content"]) for m in row["prompt"]):
             counts["control_text"] += 1
             continue
-        row["prompt_ids"] = render(tokenizer, row["prompt"])
+        row["prompt_ids"] = render(tokenizer, row["prompt"], f"{prompts}: prompt '{row['id']}'")
         if len(row["prompt_ids"]) > max_prompt_tokens:
             counts["too_long"] += 1
             continue

@@ -3,32 +3,32 @@
 #
 #     bash iterate.sh config/x.py [--key=value ...]
 #
-# Each arrow is a process of its own (processes > 1: torchrun), so its memory is back when it ends. A stage whose output is
-# there is not run again: interrupt anywhere and run the same command to go on. Settings of the loop: configurator.py.
+# Each arrow is a process of its own (processes > 1: torchrun, on one node), so its memory is back when it ends. A stage whose
+# output is there is not run again: interrupt anywhere, run the same command to go on. Settings of the loop: configurator.py.
 set -euo pipefail
 here=$(dirname "$0")
 if [[ -z ${VIRTUAL_ENV:-} && -x $here/.venv/bin/python ]]; then PATH=$(realpath "$here")/.venv/bin:$PATH; fi
 
 settings=$(python "$here/configurator.py" "$@")   # checks them and keeps them as $out/recipe.py
 eval "$settings"
-parallel=python
-if ((processes > 1)); then parallel="torchrun --standalone --nproc-per-node=$processes"; fi
-stage() { echo "--- iteration $t: $2"; $1 "$here/$2.py" "$out/recipe.py" "${@:3}"; }
+launch() { if (($1 > 1)); then torchrun --standalone --nproc-per-node="$1" "${@:2}"; else python "${@:2}"; fi; }
+stage() { echo "--- iteration $t: $1"; launch "$2" "$here/$1.py" "$out/recipe.py" "${@:3}"; }   # name, processes, settings
+if ((engines == 0)); then engines=$processes; fi
 
 if [[ $prepare ]]; then python "$here/$prepare"; fi
 policy=$model
 for ((t = 0; t <= iterations; t++)); do
   now=$out/iter_$t
   if ((t > 0)); then
-    stage "$parallel" generate --iteration="$t" --model="$policy" --out="$now/candidates.jsonl"
-    stage "$parallel" rank --candidates="$now/candidates.jsonl" --out="$now/pairs.jsonl"
-    stage "$parallel" train --model="$policy" --pairs="$now/pairs.jsonl" --out="$now/model"
+    stage generate "$engines" --iteration="$t" --model="$policy" --out="$now/candidates.jsonl"
+    stage rank "$processes" --candidates="$now/candidates.jsonl" --out="$now/pairs.jsonl"
+    stage train "$processes" --model="$policy" --pairs="$now/pairs.jsonl" --out="$now/model"
     policy=$now/model
   fi
   if [[ $eval_prompts ]]; then
-    stage "$parallel" generate --model="$policy" --prompts="$eval_prompts" --n_prompts="$n_eval" --n_responses=1 \
+    stage generate "$engines" --model="$policy" --prompts="$eval_prompts" --prompt_field="$eval_prompt_field" --n_prompts="$n_eval" --n_responses=1 \
       --temperature="$eval_temperature" --out="$now/answers.jsonl"
-    stage python eval --answers="$now/answers.jsonl" --baseline="$out/iter_0/answers.jsonl" --out="$now/eval.json"
+    stage eval 1 --answers="$now/answers.jsonl" --baseline="$out/iter_0/answers.jsonl" --out="$now/eval.json"
   fi
 done
 echo "$out is complete: $iterations iterations, the last policy is $policy"

@@ -7,6 +7,7 @@ candidate i beats candidate j, averaged over both orders of presentation, so the
 import importlib
 import json
 import os
+import re
 import sys
 
 import torch
@@ -54,7 +55,8 @@ class PairTokenizer:
         tokenizer.add_tokens(PREFIXES)
         self.tokenizer, self.source_maxlength, self.candidate_maxlength = tokenizer, source_maxlength, candidate_maxlength
         self.prefixes = tokenizer.convert_tokens_to_ids(PREFIXES)
-        self.control = {t.content for t in tokenizer.added_tokens_decoder.values()}
+        every = sorted((t.content for t in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+        self.control = re.compile("|".join(map(re.escape, every)))
 
     def segment(self, text, limit):
         """Ids of [CLS] mark text [SEP], the mark still to be filled in, cut to `limit` tokens."""

@@ -1,6 +1,8 @@
 """AIPO (arXiv 2409.08845) on Mistral-Nemo-Instruct-2407, the model its hyper-parameters were searched on; one node of 8 GPUs."""
 model = "mistralai/Mistral-Nemo-Instruct-2407"
 prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"     # the paper's pool, 61,135 prompts
+eval_prompts = "HuggingFaceH4/ultrafeedback_binarized:test_prefs"
+n_eval = 512                            # ours, for the local win rate
 iterations = 5                          # the paper goes up to 15 and reports the one best on Arena-Hard
 processes = 8
 

@@ -23,7 +23,7 @@ loss = "aipo"
 beta = 0.5                              # alpha * beta = .1 halves the growth in length here; the paper's .005 acts on
 alpha = 0.2                             # margins of tens to hundreds of nats, where these are 2 to 14
 lambda_ = 0.2
-lr = 6e-4
-batch_size = 16
+lr = 4e-4
+batch_size = 32
 betas = "0.9,0.99"
 recompute = False                       # memory is no concern at 0.8M parameters

@@ -99,6 +99,10 @@ def test_a_run_keeps_its_settings_and_may_only_grow(tmp_path):
     assert code == 0 and "iterations=2\n" in text and "out=out/r\n" in text and "model=m\n" in text
     assert (tmp_path / "out/r/recipe.py").read_text() == "model = 'm'\nbeta = 0.2\niterations = 2\nprompts = 'my prompts.jsonl'\n"
     assert loop("r.py", "--iterations=3", "--prompts=my prompts.jsonl")[0] == 0
+    assert loop("r.py", "--prompts=my prompts.jsonl", "--beta=0.1")[0] == 0     # nothing is written yet: a slip can be mended
+    assert loop("r.py", "--prompts=my prompts.jsonl")[0] == 0
+    (tmp_path / "out/r/iter_0").mkdir()
+    (tmp_path / "out/r/iter_0/answers.jsonl").write_text("")
     code, text = loop("r.py", "--iterations=3", "--prompts=my prompts.jsonl", "--beta=0.3")
     assert code == 1 and "this run was started with beta=0.2, not 0.3" in text
     assert loop("r.py", "--modle=x")[1] == "--modle=x: unknown setting 'modle', did you mean 'model'?\n"

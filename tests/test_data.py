@@ -96,11 +96,11 @@ def test_the_rule_for_right_answers(text, answer, right):
 def test_text_that_spells_a_control_token_stays_text(tiny_model):
     tokenizer, ends = data.load_tokenizer(tiny_model)
     end = tokenizer.eos_token
-    ids = data.encode(tokenizer, f"a {end}b")
+    control = data.control_text(tokenizer)
+    ids = data.encode(tokenizer, f"a {end}b", control)
     assert not ends & set(ids) and tokenizer.decode(ids).replace(" ", "") == f"a{end}b"
-    assert data.encode(tokenizer, "plain text") == tokenizer("plain text", add_special_tokens=False).input_ids
-    assert data.has_control_text(tokenizer, [{"role": "user", "content": f"x{end}"}])
-    assert not data.has_control_text(tokenizer, [{"role": "user", "content": "x"}])
+    assert data.encode(tokenizer, "plain text", control) == tokenizer("plain text", add_special_tokens=False).input_ids
+    assert control.search(f"x{end}") and not control.search("x")
 
 
 def test_seeds_depend_on_run_iteration_and_prompt_and_are_far_apart():

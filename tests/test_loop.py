@@ -55,6 +55,13 @@ def test_two_iterations_leave_the_documented_files(finished):
     assert len(first) == len(second) == 32 and not first & second
 
 
+def test_a_column_of_the_prompts_is_not_asked_of_the_held_out_ones(world, tmp_path):
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"question": f"What is {k} plus 2?"}) + "\n" for k in range(8)))
+    done = iterate(tmp_path / "run", f"--prompts={tmp_path}/mine.jsonl", "--prompt_field=question", "--n_prompts=8", "--iterations=1", "--n_responses=4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.load(open(tmp_path / "run" / "iter_1" / "eval.json"))["n"] == 16
+
+
 def test_running_again_does_nothing_and_says_so(finished):
     before = {f: os.stat(f).st_mtime_ns for f in glob.glob(f"{finished}/iter_*/**", recursive=True)}
     done = iterate(finished)
@@ -94,7 +101,7 @@ def test_what_is_sampled_is_what_is_trained(finished):
     assert counts["pairs"] == len(pairs) > 20
     for pair in pairs:
         source = candidates[pair["id"]]
-        assert pair["prompt_ids"] == source["prompt_ids"] == data.render(tokenizer, pair["prompt"])
+        assert pair["prompt_ids"] == source["prompt_ids"] == data.render(tokenizer, pair["prompt"], "here")
         sampled = [r["ids"] for r in source["responses"]]
         assert pair["chosen_ids"] in sampled and pair["rejected_ids"] in sampled
     responses = [r for row in candidates.values() for r in row["responses"]]

@@ -38,6 +38,6 @@ def test_one_iteration_on_human_prompts_ends_with_a_model_that_vllm_loads(world,
     assert len(candidates) == 16 and len(responses) == 80 and len({tuple(r["ids"]) for r in responses}) > 40
     assert all(sum(i in ends for i in r["ids"]) == r["finished"] for r in responses)
     tokenizer, ends = data.load_tokenizer(str(ROOT / "tiny/world/base"))
-    assert all(row["prompt_ids"] == data.render(tokenizer, row["prompt"]) for row in candidates.values())
+    assert all(row["prompt_ids"] == data.render(tokenizer, row["prompt"], "here") for row in candidates.values())
     scores = json.load(open(f"{tmp_path}/run/iter_1/eval.json"))         # answers of the trained policy, by vLLM
     assert scores["n"] == 16 and scores["length"] > 1
