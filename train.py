@@ -228,9 +228,9 @@ with torch.no_grad():
             logp_w, logp_l, _ = forward(groups[RANK])
             reference[groups[RANK]] = torch.stack([logp_w, logp_l], 1)
 dist.all_reduce(reference)                                              # each process filled the rows of its own pairs
-uses = {k: config[k] for k, p in signature.items() if p.kind is p.KEYWORD_ONLY}
-say(f"loss {loss}({', '.join(f'{k}={v}' for k, v in uses.items())}), {len(records)} pairs, {len(steps)} steps, {sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters on {WORLD_SIZE} x "
-    f"{device.type}, reference log-probs in {time.time() - started:.1f} s")
+terms = ", ".join(f"{k}={config[k]}" for k, p in signature.items() if p.kind is p.KEYWORD_ONLY)
+say(f"loss {loss}({terms}), {len(records)} pairs, {len(steps)} steps, {sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters "
+    f"on {WORLD_SIZE} x {device.type}, reference log-probs in {time.time() - started:.1f} s")
 
 try:                                                                    # what the first loss has to be: policy = reference
     expected = sum(losses.pair_loss(loss, margins(g, *reference[g].unbind(1)), **config).sum().item() for groups in steps[0] for g in groups if g)
@@ -296,4 +296,5 @@ if RANK == 0:
     write_json(manifest_of(work), manifest)
     os.replace(work, out)
 say(f"{len(steps)} steps -> {out}")
+dist.barrier()                                                          # gloo aborts a process whose peer has left
 dist.destroy_process_group()

@@ -20,8 +20,8 @@ drop_unfinished = False                 # answers at the cap of 64 tokens are th
 
 # train
 loss = "aipo"
-beta = 0.5                              # alpha * beta = .1 halves the growth in length here; the paper's .005 acts on
-alpha = 0.2                             # margins of tens to hundreds of nats, where these are 2 to 14
+beta = 0.5                              # here margins s_ref are 2 to 14 nats, where the paper's are tens to hundreds, so
+alpha = 0.3                             # alpha * beta = .15 stands for the paper's .005: .1 halves the growth, .2 stops it
 lambda_ = 0.2
 lr = 4e-4
 batch_size = 32
