@@ -139,7 +139,7 @@ def fingerprint(path):
     digest = hashlib.sha256()
     for name in names:
         size = os.path.getsize(name)
-        digest.update(f"{os.path.basename(name)} {size}\n".encode())
+        digest.update(f"{os.path.relpath(name, path) if os.path.isdir(path) else ''} {size}\n".encode())
         with open(name, "rb") as f:
             for offset in range(0, size, 2**20 if size <= 2**26 else 2**26):
                 f.seek(offset)
@@ -166,6 +166,8 @@ def begin(out, suffix, config, *inputs):
         sys.exit(f"--out={out}: has to be " + (f"a {suffix} file" if suffix else "a folder"))
     for key in inputs:
         config[key] or sys.exit(f"--{key} is not set: give a path" + (" or a hub name" if "model" in key else ""))
+        if "model" not in key and ":" not in config[key]:               # a model or NAME:SPLIT may be on the hub
+            files(config[key])
     manifest = {"settings": {k: v for k, v in config.items() if k not in inputs and k != "out"},
                 "inputs": {key: fingerprint(config[key]) for key in inputs}}
     out = shard(out) if suffix else out

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import sys
@@ -58,6 +59,7 @@ schedule in SCHEDULES or sys.exit(f"--schedule={schedule}: there are {', '.join(
 dtype in DTYPES or sys.exit(f"--dtype={dtype}: there are {', '.join(DTYPES)}")
 for key in ("batch_size", "tokens_per_microbatch", "gather_chunk", "epochs"):
     config[key] > 0 or sys.exit(f"--{key}={config[key]}: has to be above 0")
+re.fullmatch(r"0?\.\d+,0?\.\d+", betas) or sys.exit(f"--betas={betas}: has to be two numbers below 1, such as 0.9,0.999")
 out = out.rstrip("/")
 manifest = begin(out, "", config, "model", "pairs")
 if manifest is None:
@@ -237,6 +239,7 @@ try:                                                                    # what t
 except ValueError as e:
     sys.exit(f"--loss={loss}: {e}")
 expected /= sum(len(g) for groups in steps[0] for g in groups)
+math.isfinite(expected) or sys.exit(f"--loss={loss}: with these settings and pairs the loss is {expected} before the first step")
 
 # ---- schedule ----
 rising = math.ceil(warmup * len(steps))

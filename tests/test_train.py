@@ -315,6 +315,12 @@ def test_a_loss_that_needs_a_column_names_it(tiny_model, pairs, tmp_path):
     assert "--loss=irepo" in message and "'z'" in message
 
 
+def test_settings_that_make_no_sense_are_named(tiny_model, pairs, tmp_path):
+    for settings, message in (({"betas": "0.9"}, "--betas=0.9: has to be two numbers"), ({"batch_size": 0}, "--batch_size=0: has to be above 0"),
+                              ({"loss": "robust", "eps": 0.5}, "the loss is nan before the first step"), ({"dtype": "bf16"}, "--dtype=bf16: there are")):
+        assert message in refused(tmp_path / "out", model=tiny_model, pairs=pairs, **settings)
+
+
 def test_a_schedule_that_does_not_exist_is_named(tiny_model, pairs, tmp_path):
     assert "'schedule'" in (message := refused(tmp_path / "out", model=tiny_model, pairs=pairs, schedule="cosin")) or "--schedule" in message
 

@@ -220,7 +220,7 @@ def build_base(folder, steps=1200):
     model.eval()
     rng = random.Random(3)
     tasks = [t for t in (task(rng) for _ in range(1200)) if held_out(t)][:256]
-    prompts = [render(tokenizer, [{"role": "user", "content": t["prompt"]}]) for t in tasks]
+    prompts = [render(tokenizer, [{"role": "user", "content": t["prompt"]}], "heldout") for t in tasks]
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     out = model.generate(input_ids=ids, attention_mask=(ids != 0).long(), do_sample=True, temperature=0.7, top_k=0, max_new_tokens=64)
