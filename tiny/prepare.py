@@ -185,7 +185,7 @@ def pad(rows, value=0):
 # ---------------------------------------------------------------------------------------------- the base model
 
 
-def build_base(folder, steps=1200):
+def build_base(folder, steps=1050):
     """A Llama of 0.8M parameters, trained on demonstrations, the prompts at weight .3 so that it can write prompts too."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -234,7 +234,7 @@ def build_base(folder, steps=1200):
 # ---------------------------------------------------------------------------------------------- the judge
 
 
-def build_judge(folder, steps=1600):
+def build_judge(folder, steps=1300):
     """A PairRM of 0.3M parameters in the published layout, trained on an annotator's preferences.
 
     The annotator prefers with probability sigmoid(3 * (right_1 - right_2) + .06 * (tokens_1 - tokens_2)). These labels
