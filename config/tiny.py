@@ -1,5 +1,5 @@
 """The embedded world: the whole loop on two CPU cores in minutes. Settings as measured for it, not the paper's."""
-prepare = "tiny/prepare.py"             # builds tiny/world on the first run, three minutes
+prepare = "tiny/prepare.py"             # builds tiny/world on the first run, two to three minutes
 model = "tiny/world/base"
 prompts = "tiny/world/prompts.jsonl"
 eval_prompts = "tiny/world/heldout.jsonl"

@@ -317,7 +317,7 @@ def main():
     stamp = os.path.join(WORLD, "built_from")
     if os.path.exists(stamp) and open(stamp).read() == source:
         return
-    print("building the tiny world: a base model and a judge, about three minutes on two cores", flush=True)
+    print("building the tiny world: a base model and a judge, two to three minutes on two cores", flush=True)
     started = time.time()
     os.makedirs(WORLD, exist_ok=True)
     if os.path.exists(stamp):
