@@ -54,13 +54,14 @@ def read(path, *required):
     place is "file:line". A line that is no JSON object or lacks a required field ends the program with its place.
     """
     for file in files(path):
-        with open(file, encoding="utf-8", errors="replace") as f:
+        with open(file, "rb") as f:
             array = file.endswith(".json")
             try:
-                lines = enumerate(json.load(f) if array else f, 1)
-            except (ValueError, TypeError) as e:
-                sys.exit(f"{file}: not a JSON array: {e}")
-            for n, row in lines:
+                rows = json.load(f) if array else f
+            except ValueError as e:                                     # of JSON, or of UTF-8
+                sys.exit(f"{file}: not JSON: {e}")
+            not array or isinstance(rows, list) or sys.exit(f"{file}: a .json file holds an array of records, not {type(rows).__name__}")
+            for n, row in enumerate(rows, 1):
                 place = f"{file}:{n}"
                 if not array:
                     if not row.strip():
@@ -224,9 +225,10 @@ def read_prompts(path, field=""):
         messages or sys.exit(f"{place}: '{key}' has to be a text or a list of messages with role and content; --prompt_field names the column")
         if key == "messages":                                           # a whole conversation: ask for its last answer
             messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        name = str(row.get("id") or hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12])
+        given = row.get("id") is not None                               # 0 is an id too
+        name = str(row["id"]) if given else hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
         if name in seen:
-            "id" not in row or sys.exit(f"{place}: id '{name}' is already that of {seen[name]}; ids join records and must differ")
+            given and sys.exit(f"{place}: id '{name}' is already that of {seen[name]}; ids join records and must differ")
             name += f"-{len(prompts)}"
         seen[name] = place
         prompts.append({**row, "id": name, "prompt": messages})

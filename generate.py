@@ -177,7 +177,8 @@ def main():
     engines = {"vllm": vllm_engine, "transformers": transformers_engine, "auto": vllm_engine if found else transformers_engine}
     engine in engines or sys.exit(f"--engine={engine}: there are {', '.join(engines)}")
     found or engines[engine] is transformers_engine or sys.exit("--engine=vllm: vllm is not installed; `make vllm` or --engine=transformers")
-    responses = engines[engine](ends)([(row["prompt_ids"], derive_seed(seed, iteration, row["id"])) for row in rows])
+    requests = [(row["prompt_ids"], derive_seed(seed, iteration, row["id"])) for row in rows]
+    responses = engines[engine](ends)(requests) if requests else []     # fewer prompts than processes
     with writing(out, manifest) as write:
         for row, sampled in zip(rows, responses):
             write(row | {"responses": [

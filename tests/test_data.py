@@ -18,6 +18,11 @@ def test_a_broken_line_is_named_by_file_and_line(tmp_path):
             list(data.read(path, "id"))
     with pytest.raises(SystemExit, match="no such file"):
         list(data.read(str(tmp_path / "none.jsonl")))
+    for name, content, message in (("b.jsonl", b'{"id": 1}\n{"id": "\xff"}\n', r"b\.jsonl:2: not JSON"), ("c.json", b'{"id": 1}', "an array of records, not dict"),
+                                   ("d.json", b'["id"]', r"d\.json:1: a record is a JSON object, not str")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(SystemExit, match=message):
+            list(data.read(str(tmp_path / name), "id"))
 
 
 def test_shards_folders_globs_and_arrays_are_read_as_one_file(tmp_path):
@@ -70,6 +75,7 @@ def test_prompts_come_from_texts_messages_and_instruction_columns_and_get_stable
     assert [r["prompt"][-1]["content"] for r in rows] == ["one", "two", "three", "four", "two"]
     assert rows[0]["id"] == "a" and rows[0]["extra"] == 3 and len({r["id"] for r in rows}) == 5
     assert [r["id"] for r in rows] == [r["id"] for r in data.read_prompts(path)]
+    assert [r["id"] for r in data.read_prompts(lines(tmp_path / "n.jsonl", {"id": 0, "prompt": "x"}, {"id": 1, "prompt": "x"}))] == ["0", "1"]
     assert data.read_prompts(lines(tmp_path / "q.jsonl", {"q": "five"}), "q")[0]["prompt"] == [{"role": "user", "content": "five"}]
     for rows, message in (([{"text": "x"}], ":1: 'prompt' has to be"), ([{"prompt": "x", "id": 1}, {"prompt": "y", "id": 1}], ":2: id '1' is already"), ([], "no prompts in it")):
         with pytest.raises(SystemExit, match=message):

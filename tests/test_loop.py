@@ -130,6 +130,13 @@ def test_two_processes_write_two_shards_with_every_prompt_once(world, finished, 
     assert done.returncode == 0 and os.path.exists(tmp_path / "model" / "model.safetensors")
 
 
+def test_a_process_without_a_prompt_writes_an_empty_shard(world, tmp_path):
+    out = tmp_path / "candidates.jsonl"
+    done = torchrun(2, "generate.py", "config/tiny.py", f"--out={out}", "--n_prompts=1", "--n_responses=2", "--max_new_tokens=8")
+    assert done.returncode == 0, done.stderr
+    assert len(list(data.read(str(out)))) == 1 and (tmp_path / "candidates-00001-of-00002.jsonl").read_text() == ""
+
+
 def test_greedy_answers_do_not_depend_on_the_batch(world, tmp_path):
     texts = []
     for rows in (3, 64):
