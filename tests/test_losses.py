@@ -26,7 +26,7 @@ def assert_same_gradients(ours, our_inputs, theirs, their_inputs, grad, toleranc
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("chunk", [1, 8, 37, 1000])                     # of 37 tokens: one by one, with a rest, all, more than all
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-3)])     # 2e-3: rounded once, not per chunk
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 3e-3)])     # plain bfloat16 autograd: 5e-3
 def test_the_gather_equals_log_softmax_in_value_and_both_gradients(dtype, tolerance, chunk, softcap):
     hidden, weight, labels, grad = tokens(dtype)
     plain_hidden, plain_weight = (x.detach().float().requires_grad_() for x in (hidden, weight))
@@ -60,7 +60,9 @@ def test_zero_tokens_have_no_log_probability_and_gradients_of_zero():
 
 def test_a_frozen_head_costs_no_gradient_and_the_states_get_the_same_one():
     hidden, weight, labels, grad = tokens(torch.float32)
-    d_hidden, d_weight, *_ = LogProb.backward(logprob(hidden, weight.detach(), labels).grad_fn, grad)    # grad_fn is the ctx
+    ctx = logprob(hidden, weight.detach(), labels).grad_fn
+    with torch.no_grad():
+        d_hidden, d_weight, *_ = LogProb.backward(ctx, grad)
     assert d_weight is None and torch.equal(d_hidden, *torch.autograd.grad(logprob(hidden, weight, labels), hidden, grad))
 
 
