@@ -115,147 +115,63 @@ def logodds(avg):
     return avg - torch.log(-torch.expm1(avg.clamp(max=-1e-6)))
 
 
-# ---------------------------------------------------------------------------------------------- objectives: (B,) losses
-# logistic, with reference
+# ---------------------------------------------------------------------------------------------- objectives
 
 
-def dpo(s, p, *, beta):                                            # 2305.18290 Eq. 7; with label_smoothing it is cDPO
-    return bt(beta * s, p)
-
-
-def robust(s, *, beta, eps):                                       # 2403.00409 Eq. 9, unbiased under flips, can be negative
-    return ((1 - eps) * sp(-beta * s) - eps * sp(beta * s)) / (1 - 2 * eps)
-
-
-def alpha_dpo(s_theta, s_ref, p, *, beta, alpha):                  # 2409.08845 Eq. 6, a margin of alpha * beta * s_ref
-    return bt(beta * (s_theta - (1 + alpha) * s_ref), p)
-
-
-def aipo(s_theta, s_ref, p, nll, *, beta, alpha, lambda_):         # 2409.08845 Eq. 10
-    return alpha_dpo(s_theta, s_ref, p, beta=beta, alpha=alpha) + lambda_ * nll
-
-
-def irpo(s, p, nll, *, beta, lambda_):                             # 2404.19733 Eq. 1, DPO + NLL
-    return bt(beta * s, p) + lambda_ * nll
-
-
-def rpo(s, p, logp_w, *, beta, eta):                               # 2405.16436, the summed log-prob, times beta
-    return bt(beta * s, p) - eta * beta * logp_w
-
-
-def rdpo(s, p, len_w, len_l, *, beta, alpha):                      # 2403.19159 Eq. 9, plus: a longer chosen earns less
-    return bt(beta * s + alpha * (len_w - len_l), p)
-
-
-def dpop(s, p, r_w, *, beta, lambda_):                             # 2402.13228 Eq. 3 (Smaug)
-    return bt(beta * (s - lambda_ * relu(-r_w)), p)
-
-
-def dpo_shift(r_w, r_l, p, *, beta, lambda_):                      # 2502.07599
-    return bt(beta * (r_w - lambda_ * r_l), p)
-
-
-def dpo_norm(n, p, *, beta):                                       # 2411.15124 (Tulu 3), length-normalised
-    return bt(beta * n, p)
-
-
-def cal_dpo(s, p, r_w, r_l, *, beta):                              # 2412.14516, no beta inside the sigmoid
-    return bt(s, p) + ((r_w - 0.5 / beta) ** 2 + (r_l + 0.5 / beta) ** 2) / 2
-
-
-def exo(s, *, beta, eps):                                          # 2402.00856 Eq. 16, reverse KL
+def exo(s, *, beta, eps):
     log_q, log_1q, log_eps = logsigmoid(beta * s), logsigmoid(-beta * s), torch.log(s.new_tensor([eps, 1 - eps]))
     return log_q.exp() * (log_q - log_eps[1]) + log_1q.exp() * (log_1q - log_eps[0])
 
 
-# squared or hinge
-
-
-def ipo(n, *, tau):                                                # 2310.12036 Eq. 17, per token as in TRL
-    return (n - 1 / (2 * tau)) ** 2
-
-
-def hinge(s, *, beta):                                             # 2309.06657 (RSO)
-    return relu(1 - beta * s)
-
-
-def slic(s_theta, logp_w, *, delta, lambda_):                      # 2305.10425 Eq. 1, chosen response as regulariser
-    return relu(delta - s_theta) - lambda_ * logp_w
-
-
-def sppo(r_w, r_l, q_w, q_l, *, beta):                             # 2405.00675 Eq. 4.7, beta = 1 / eta
-    return ((r_w - (q_w - 0.5) / beta) ** 2 + (r_l - (q_l - 0.5) / beta) ** 2) / 2
-
-
-def sppo_hard(r_w, r_l, *, beta):                                  # twice the official scale, as in TRL
-    return (r_w - 0.5 / beta) ** 2 + (r_l + 0.5 / beta) ** 2
-
-
-def irepo(s, z, *, beta):                                          # 2405.15230, target of Eq. 16: regress on the log-odds
-    return (beta * s - z) ** 2
-
-
-def rebel(s, g_w, g_l, *, eta):                                    # 2404.16767
-    return (s - eta * (g_w - g_l)) ** 2
-
-
-def inpo(s, *, eta):                                               # 2407.00617 Eq. 8; its reference columns come mixed
-    return (s - 1 / (2 * eta)) ** 2
-
-
-# absolute: each response on its own
-
-
-def nca(r_w, r_l, *, beta):                                        # 2402.05369
-    return sp(-beta * r_w) + (sp(beta * r_w) + sp(beta * r_l)) / 2
-
-
-def bco(r_w, r_l, *, beta):                                        # 2404.04656 without its running mean, as in TRL 1.x
-    return sp(-beta * r_w) + sp(beta * r_l)
-
-
-def apo_zero(r_w, r_l, *, beta):                                   # 2408.06266 Eq. 7, chosen better than the policy
-    return sig(-beta * r_w) + sig(beta * r_l)
-
-
-def apo_down(r_w, s, *, beta):                                     # Eq. 8, chosen worse than the policy
-    return sig(beta * r_w) + sig(-beta * s)
-
-
-# The next one and alpha_dpo_24 look at the whole micro-batch: tokens_per_microbatch and the number of processes enter.
-def kto_pair(r_w, r_l, *, beta):                                   # 2402.01306, pair form
+# These two look at the whole micro-batch, so tokens_per_microbatch and the number of processes enter.
+def kto_pair(r_w, r_l, *, beta):
     k_w, k_l = (r.detach().mean().clamp(min=0) for r in (r_w, r_l))
     return (sig(-beta * (r_w - k_l)) + sig(-beta * (k_w - r_l))) / 2
 
 
-# without reference
-
-
-def simpo(avg_w, avg_l, p, *, beta, gamma):                        # 2405.14734 Eq. 6; gamma itself, not gamma / beta
-    return bt(beta * (avg_w - avg_l) - gamma, p)
-
-
-def repo(avg_w, avg_l, *, gamma):                                  # 2503.07426 (ReLU-based; not iREPO, not REBEL)
-    return relu(gamma - (avg_w - avg_l))
-
-
-def cpo(s_theta, p, nll, *, beta, lambda_):                        # 2401.08417
-    return bt(beta * s_theta, p) + lambda_ * nll
-
-
-def orpo(avg_w, avg_l, nll, *, lambda_):                           # 2403.07691 Eq. 6-7
-    return nll + lambda_ * sp(logodds(avg_l) - logodds(avg_w))
-
-
-def alpha_dpo_24(avg_w, avg_l, n, p, *, beta, gamma, alpha):       # 2410.10148, another alpha-DPO; its code keeps running moments
+def alpha_dpo_24(avg_w, avg_l, n, p, *, beta, gamma, alpha):
     centred = (n - n.mean()).detach()
     zscore = centred / (centred.square().mean().sqrt() + 1e-8)
     return bt(beta * (avg_w - avg_l) - gamma - beta * alpha * zscore, p)
 
 
-OBJECTIVES = {f.__name__: f for f in (
-    dpo, robust, alpha_dpo, aipo, irpo, rpo, rdpo, dpop, dpo_shift, dpo_norm, cal_dpo, exo, ipo, hinge, slic, sppo, sppo_hard,
-    irepo, rebel, inpo, nca, bco, apo_zero, apo_down, kto_pair, simpo, repo, cpo, orpo, alpha_dpo_24)}
+# Loss per pair, (B,). The symbols come from margins(), what stands behind the star are settings.
+OBJECTIVES = dict(
+    # logistic, with reference
+    dpo=lambda s, p, *, beta: bt(beta * s, p),                                      # 2305.18290 Eq. 7; with label_smoothing it is cDPO
+    robust=lambda s, *, beta, eps: ((1 - eps) * sp(-beta * s) - eps * sp(beta * s)) / (1 - 2 * eps),   # 2403.00409 Eq. 9, can be negative
+    alpha_dpo=lambda s_theta, s_ref, p, *, beta, alpha: bt(beta * (s_theta - (1 + alpha) * s_ref), p),                # 2409.08845 Eq. 6
+    aipo=lambda s_theta, s_ref, p, nll, *, beta, alpha, lambda_: bt(beta * (s_theta - (1 + alpha) * s_ref), p) + lambda_ * nll,   # Eq. 10
+    irpo=lambda s, p, nll, *, beta, lambda_: bt(beta * s, p) + lambda_ * nll,       # 2404.19733 Eq. 1, DPO + NLL
+    rpo=lambda s, p, logp_w, *, beta, eta: bt(beta * s, p) - eta * beta * logp_w,   # 2405.16436, the summed log-prob, times beta
+    rdpo=lambda s, p, len_w, len_l, *, beta, alpha: bt(beta * s + alpha * (len_w - len_l), p),         # 2403.19159 Eq. 9: longer chosen earn less
+    dpop=lambda s, p, r_w, *, beta, lambda_: bt(beta * (s - lambda_ * relu(-r_w)), p),                 # 2402.13228 Eq. 3 (Smaug)
+    dpo_shift=lambda r_w, r_l, p, *, beta, lambda_: bt(beta * (r_w - lambda_ * r_l), p),               # 2502.07599
+    dpo_norm=lambda n, p, *, beta: bt(beta * n, p),                                 # 2411.15124 (Tulu 3), length-normalised
+    cal_dpo=lambda s, p, r_w, r_l, *, beta: bt(s, p) + ((r_w - 0.5 / beta) ** 2 + (r_l + 0.5 / beta) ** 2) / 2,       # 2412.14516
+    exo=exo,                                                                        # 2402.00856 Eq. 16, reverse KL
+    # squared or hinge
+    ipo=lambda n, *, tau: (n - 1 / (2 * tau)) ** 2,                                 # 2310.12036 Eq. 17, per token as in TRL
+    hinge=lambda s, *, beta: relu(1 - beta * s),                                    # 2309.06657 (RSO)
+    slic=lambda s_theta, logp_w, *, delta, lambda_: relu(delta - s_theta) - lambda_ * logp_w,          # 2305.10425 Eq. 1, chosen as regulariser
+    sppo=lambda r_w, r_l, q_w, q_l, *, beta: ((r_w - (q_w - 0.5) / beta) ** 2 + (r_l - (q_l - 0.5) / beta) ** 2) / 2,     # 2405.00675 Eq. 4.7
+    sppo_hard=lambda r_w, r_l, *, beta: (r_w - 0.5 / beta) ** 2 + (r_l + 0.5 / beta) ** 2,             # twice the official scale, as in TRL
+    irepo=lambda s, z, *, beta: (beta * s - z) ** 2,                                # 2405.15230, target of Eq. 16: regress on the log-odds
+    rebel=lambda s, g_w, g_l, *, eta: (s - eta * (g_w - g_l)) ** 2,                 # 2404.16767
+    inpo=lambda s, *, eta: (s - 1 / (2 * eta)) ** 2,                                # 2407.00617 Eq. 8; its reference columns come mixed
+    # absolute: each response on its own
+    nca=lambda r_w, r_l, *, beta: sp(-beta * r_w) + (sp(beta * r_w) + sp(beta * r_l)) / 2,             # 2402.05369
+    bco=lambda r_w, r_l, *, beta: sp(-beta * r_w) + sp(beta * r_l),                 # 2404.04656 without its running mean, as in TRL 1.x
+    apo_zero=lambda r_w, r_l, *, beta: sig(-beta * r_w) + sig(beta * r_l),          # 2408.06266 Eq. 7, chosen better than the policy
+    apo_down=lambda r_w, s, *, beta: sig(beta * r_w) + sig(-beta * s),              # Eq. 8, chosen worse than the policy
+    kto_pair=kto_pair,                                                              # 2402.01306, pair form
+    # without reference
+    simpo=lambda avg_w, avg_l, p, *, beta, gamma: bt(beta * (avg_w - avg_l) - gamma, p),               # 2405.14734 Eq. 6; gamma, not gamma / beta
+    repo=lambda avg_w, avg_l, *, gamma: relu(gamma - (avg_w - avg_l)),              # 2503.07426 (ReLU-based; not iREPO, not REBEL)
+    cpo=lambda s_theta, p, nll, *, beta, lambda_: bt(beta * s_theta, p) + lambda_ * nll,               # 2401.08417
+    orpo=lambda avg_w, avg_l, nll, *, lambda_: nll + lambda_ * sp(logodds(avg_l) - logodds(avg_w)),    # 2403.07691 Eq. 6-7
+    alpha_dpo_24=alpha_dpo_24,                                                      # 2410.10148, another alpha-DPO; its code keeps running moments
+)
 
 
 def pair_loss(name, margins, *, label_smoothing=0.0, **settings):
