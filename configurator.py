@@ -28,7 +28,8 @@ n_eval = 0                              # how many of them; 0: all
 eval_temperature = 0.7                  # sampling temperature of the evaluated answers
 
 SCRIPTS = ("configurator.py", "generate.py", "rank.py", "train.py", "eval.py")
-FREE = {"iterations", "gpu_memory", "rank_batch_tokens", "tokens_per_microbatch", "recompute", "gather_chunk"}
+FREE = {"iterations", "gpu_memory", "rank_batch_tokens", "tokens_per_microbatch", "recompute", "gather_chunk", "compile", "shard_size",
+        "checkpoint_every", "keep_checkpoints", "reference_cache", "wandb", "tensorboard"}
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 

@@ -1,4 +1,4 @@
-"""What the scripts share: records and their files, manifests, the one chat renderer, and the packing of pairs.
+"""What the scripts share: records and their files, manifests, the one chat renderer, and the plan of training.
 
 Records are JSON objects, one per line; unknown fields travel along; ids join records, never line numbers.
 
@@ -14,6 +14,7 @@ that match `among`, at least k distinct ones, and every one of them in `accept`.
 
 Nothing heavy is imported here, so that a stage which is already done costs a tenth of a second.
 """
+import array
 import contextlib
 import glob
 import hashlib
@@ -155,6 +156,16 @@ def version(package):
         return None
 
 
+def same_run(out, manifest):
+    """End the program if `out` was made with other settings (those that enter the result) or inputs than the manifest says."""
+    with open(manifest_of(out), encoding="utf-8") as f:
+        before = json.load(f)
+    for kind in ("settings", "inputs"):
+        for key in (manifest[kind] | before[kind]).keys() - FREE:
+            old, new = before[kind].get(key), manifest[kind].get(key)
+            old == new or sys.exit(f"{out}: was made with another '{key}' ({old}, now {new}): remove it or choose another --out")
+
+
 def begin(out, suffix, config, *inputs):
     """The manifest of a stage about to write `out`, or None when `out` is complete and made from the same things.
 
@@ -175,14 +186,11 @@ def begin(out, suffix, config, *inputs):
     if os.path.isfile(out) or os.path.isdir(out) and os.listdir(out):
         if not os.path.exists(manifest_of(out)):
             sys.exit(f"{out}: exists, but has no manifest, so no stage wrote it: remove it or choose another --out")
-        with open(manifest_of(out), encoding="utf-8") as f:
-            before = json.load(f)
-        for kind in ("settings", "inputs"):
-            for key in (manifest[kind] | before[kind]).keys() - FREE:
-                old, new = before[kind].get(key), manifest[kind].get(key)
-                old == new or sys.exit(f"{out}: was made with another '{key}' ({old}, now {new}): remove it or choose another --out")
+        same_run(out, manifest)
         print(f"{out}: complete, nothing to do", flush=True)
         return None
+    if not suffix and glob.glob(out + ".tmp/step_*[0-9]"):              # checkpoints, to go on from
+        same_run(out + ".tmp", manifest)
     commit = ""
     with contextlib.suppress(OSError):                                  # no git on this machine
         commit = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"],
@@ -316,12 +324,12 @@ def render_response(tokenizer, ends, control, prompt, prompt_ids, response):
 
 
 def read_pairs(path, tokenizer, ends, max_length):
-    """Pairs ready for training: (list of records with prompt_ids, chosen_ids, rejected_ids, ...; counts of what was dropped).
+    """Pairs ready for training: (list of records with prompt_ids, chosen_ids, rejected_ids, ..., no text; counts of what was dropped).
 
     Pairs that carry ids keep them; others are rendered here. Nothing is ever truncated: a pair with a sequence above
     max_length tokens, or whose prompt spells a control token, is dropped and counted.
     """
-    pairs, counts, control = [], {"pairs": 0, "too_long": 0, "control_text": 0}, control_text(tokenizer)
+    pairs, counts, control, known = [], {"pairs": 0, "too_long": 0, "control_text": 0}, control_text(tokenizer), len(tokenizer)
     for place, pair in read(path, "prompt", "chosen", "rejected"):
         for key, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
             pair[key] = messages_of(pair[key], role) or sys.exit(f"{place}: '{key}' has to be a text or a list of messages with role and content")
@@ -339,12 +347,12 @@ def read_pairs(path, tokenizer, ends, max_length):
                 pair[key + "_ids"] = render_response(tokenizer, ends, control, pair["prompt"], pair["prompt_ids"], pair[key])
         for key in names:
             pair.get(key) or sys.exit(f"{place}: '{key}' is missing or empty; a pair has either all ids or none")
-            if not all(isinstance(i, int) and 0 <= i < len(tokenizer) for i in pair[key]):
+            if not all(isinstance(i, int) and 0 <= i < known for i in pair[key]):
                 sys.exit(f"{place}: '{key}' has ids that this model's tokenizer does not know; the pairs are another model's")
         if len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) > max_length:
             counts["too_long"] += 1
             continue
-        pairs.append(pair)
+        pairs.append({k: array.array("i", v) if k in names else v for k, v in pair.items() if k not in ("prompt", "chosen", "rejected", "scores")})
     counts["pairs"] = len(pairs)
     pairs or sys.exit(f"{path}: no pair is left to train on ({', '.join(f'{v} {k}' for k, v in counts.items())})")
     return pairs, counts
@@ -353,10 +361,10 @@ def read_pairs(path, tokenizer, ends, max_length):
 def plan(lengths, order, batch_size, world_size, budget):
     """Fix which process computes which pairs when: for each step a list of micro-batches, one list of pairs per process.
 
-    lengths: tokens of both sequences of each pair. order: the pairs' indices as the optimizer shall see them, batch_size
-    a step, the last step with what is left. Each step's pairs are dealt to equally many micro-batches on every process,
-    longest first into the emptiest, so that none exceeds `budget` tokens, padding not counted (unless one pair alone does).
-    An empty list is a micro-batch that a process computes only because the others need its collectives.
+    lengths: tokens to compute for each pair. order: the pairs' indices as the optimizer shall see them, batch_size a
+    step, the last step with what is left. Each step's pairs are dealt to equally many micro-batches on every process,
+    longest first into the emptiest, so that none exceeds `budget` tokens (unless one pair alone does). An empty list is
+    a micro-batch that a process computes only because the others need its collectives.
     """
     steps = []
     for start in range(0, len(order), batch_size):
@@ -375,35 +383,3 @@ def plan(lengths, order, batch_size, world_size, budget):
         groups = [sorted(g) for _, _, g in sorted(groups, reverse=True)]
         steps.append([groups[m * world_size:(m + 1) * world_size] for m in range(count)])
     return steps
-
-
-def pack(pairs):
-    """One micro-batch, sequences packed into rows, as a dict of CPU tensors (and `lengths`, a list).
-
-    pairs: B records. Their 2B sequences (prompt + response) share R rows of L tokens, L being the longest, each starting
-    at position 0 again. Two pairs of prompt 3 with responses of 2 and 1 tokens:
-
-        input_ids, position_ids   (R, L)     [[p p p c c], [p p p r .]] and [[0 1 2 3 4], [0 1 2 3 0]]
-        index, labels             (T,)       where each response token is predicted in the flattened rows, and its id
-        lengths                   (2B,)      response tokens of chosen 0..B-1, then of rejected 0..B-1
-    """
-    import torch
-    sequences = [(p["prompt_ids"], p[key]) for key in ("chosen_ids", "rejected_ids") for p in pairs] or [([0, 0], [])]
-    width = max(len(p) + len(r) for p, r in sequences)
-    rows, where = [], [None] * len(sequences)
-    for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0]) - len(sequences[i][1])):
-        ids = sequences[i][0] + sequences[i][1]                         # first fit, longest first
-        row = next((r for r in range(len(rows)) if len(rows[r][0]) + len(ids) <= width), len(rows))
-        if row == len(rows):
-            rows.append(([], []))
-        where[i] = row * width + len(rows[row][0]) + len(sequences[i][0])
-        rows[row][0].extend(ids)
-        rows[row][1].extend(range(len(ids)))
-    fill = [width - len(ids) for ids, _ in rows]
-    return {
-        "input_ids": torch.tensor([ids + [0] * n for (ids, _), n in zip(rows, fill)]),                       # (R, L)
-        "position_ids": torch.tensor([pos + list(range(n)) for (_, pos), n in zip(rows, fill)]),             # (R, L)
-        "index": torch.tensor([w - 1 + t for w, (_, r) in zip(where, sequences) for t in range(len(r))], dtype=torch.long),
-        "labels": torch.tensor([t for _, r in sequences for t in r], dtype=torch.long),                      # (T,)
-        "lengths": [len(r) for _, r in sequences],                                                           # 2B
-    }

@@ -46,7 +46,10 @@ def chunk_logits(out, hidden, head, softcap):
 
 
 class LogProb(torch.autograd.Function):
-    """Backward computes each chunk's logits again, so (T, V) never exists. One buffer serves all chunks: fresh memory is slow."""
+    """Backward computes each chunk's logits again, so (T, V) never exists unless it is one chunk; that one is kept.
+
+    One buffer serves all chunks: fresh memory costs a CPU as much as the product that fills it.
+    """
 
     @staticmethod
     def buffers(hidden, weight, labels, chunk):
@@ -62,21 +65,23 @@ class LogProb(torch.autograd.Function):
             part = slice(a, a + chunk)
             logits = chunk_logits(buffer[:len(labels[part])], hidden[part], head, softcap)                   # (chunk, V)
             logp[part] = torch.log_softmax(logits, -1, out=logits).gather(-1, labels[part, None])[:, 0]
-        ctx.save_for_backward(hidden, weight, labels)
+        ctx.save_for_backward(hidden, weight, labels, buffer if softcap is None and len(labels) <= chunk else None)
         ctx.chunk, ctx.softcap = chunk, softcap
         return logp
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, labels = ctx.saved_tensors
-        head, buffer = LogProb.buffers(hidden, weight, labels, ctx.chunk)
+        hidden, weight, labels, kept = ctx.saved_tensors                # (T, V) log-probs, or None
+        head, buffer = LogProb.buffers(hidden, weight, labels, ctx.chunk) if kept is None else (None, kept)
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=buffer.dtype) if ctx.needs_input_grad[1] else None   # float32 across chunks
         for a in range(0, len(labels), ctx.chunk):
             part = slice(a, a + ctx.chunk)
-            logits = chunk_logits(buffer[:len(labels[part])], hidden[part], head, ctx.softcap)
+            logits = buffer[:len(labels[part])]                                                              # (chunk, V)
+            logits = logits if kept is not None else chunk_logits(logits, hidden[part], head, ctx.softcap)
             slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2
-            d = torch.softmax(logits, -1, out=logits).mul_(-grad[part, None])         # grad * (onehot - softmax), (chunk, V)
+            d = torch.softmax(logits, -1, out=logits) if kept is None else logits.exp_()
+            d.mul_(-grad[part, None])                                                 # grad * (onehot - softmax)
             d.scatter_add_(1, labels[part, None], grad[part, None])
             d = (d if slope is None else d.mul_(slope)).to(hidden.dtype)
             d_hidden[part] = d @ weight
@@ -91,7 +96,7 @@ def logprob(hidden, weight, labels, chunk=1024, softcap=None):
     """Log-probability of each label, in nats: (T,) float32 (float64 from float64), differentiable in hidden and weight.
 
     hidden (T, D) states that predict the labels; weight (V, D) of the output head, whole, not sharded; labels (T,) ids;
-    chunk: tokens whose logits exist at once; softcap: Gemma-2's cap * tanh(logits / cap), whose head is bypassed here.
+    chunk: tokens whose logits exist at once (and until backward, if these are all); softcap: Gemma-2's cap * tanh(logits / cap), whose head is bypassed here.
     """
     return LogProb.apply(hidden, weight, labels, chunk, softcap)
 

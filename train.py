@@ -4,8 +4,13 @@
     torchrun --nproc-per-node=8 train.py config/aipo_nemo.py --model=... --pairs=... --out=...      one node of 8 GPUs
 
 Reads pairs (data.py), or any file with prompt, chosen and rejected as TRL reads it. Writes a Hugging Face folder that vLLM
-loads, with metrics.jsonl (one record per step) and manifest.json. While it runs it is called FOLDER.tmp.
+loads, with metrics.jsonl (one record per step) and manifest.json. While it runs it is called FOLDER.tmp and holds checkpoints;
+the same command goes on from the last one, on any number of processes.
 """
+import contextlib
+import ctypes
+import glob
+import importlib
 import inspect
 import json
 import math
@@ -18,7 +23,7 @@ import sys
 import time
 
 from configurator import configure
-from data import DTYPES, RANK, WORLD_SIZE, begin, load_tokenizer, manifest_of, pack, pick_device, plan, read_pairs, write_json
+from data import DTYPES, RANK, WORLD_SIZE, begin, load_tokenizer, manifest_of, pick_device, plan, read_pairs, version, write_json
 
 # ---- settings ----
 model = ""                              # policy to start from, also the reference: Hugging Face folder or hub name
@@ -51,15 +56,27 @@ max_length = 2560                       # tokens of prompt + response; longer pa
 tokens_per_microbatch = 8192            # tokens one process computes at once; batch_size does not depend on it
 dtype = "bfloat16"                      # of computation and of the saved weights; master weights are float32 always
 recompute = True                        # compute activations again in backward: a third more work, far less memory
-gather_chunk = 1024                     # tokens whose logits exist at once
+gather_chunk = 1024                     # tokens whose logits exist at once; as many as in a micro-batch: kept, not computed again
+compile = False                         # torch.compile each decoder layer: minutes at the start, faster steps on GPUs
+shard_size = 0                          # processes that share one copy of the weights, such as those of a node; 0: all
+lora_rank = 0                           # above 0: train LoRA adapters of that rank on all linear layers, saved merged
+lora_alpha = 16.0                       # the adapter counts lora_alpha / lora_rank
+checkpoint_every = 50                   # steps from checkpoint to checkpoint, each 12 bytes a parameter; 0: none
+keep_checkpoints = 2                    # how many; the newest may be broken by what ended the run
+reference_cache = ""                    # file of reference log-probs, made or reused (safetensors); empty: one in out
+wandb = False                           # log to Weights & Biases too, where that package is installed
+tensorboard = False                     # the same for TensorBoard, in out/tensorboard
 config = configure(globals())
 
 SCHEDULES = {"cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)), "linear": lambda done: 1 - done, "constant": lambda done: 1.0}
 schedule in SCHEDULES or sys.exit(f"--schedule={schedule}: there are {', '.join(SCHEDULES)}")
 dtype in DTYPES or sys.exit(f"--dtype={dtype}: there are {', '.join(DTYPES)}")
-for key in ("batch_size", "tokens_per_microbatch", "gather_chunk", "epochs"):
+for key in ("batch_size", "tokens_per_microbatch", "gather_chunk", "epochs", "keep_checkpoints"):
     config[key] > 0 or sys.exit(f"--{key}={config[key]}: has to be above 0")
 re.fullmatch(r"0?\.\d+,0?\.\d+", betas) or sys.exit(f"--betas={betas}: has to be two numbers below 1, such as 0.9,0.999")
+WORLD_SIZE % (shard_size or 1) == 0 or sys.exit(f"--shard_size={shard_size}: has to divide the {WORLD_SIZE} processes")
+for package, wanted in {"peft": lora_rank, "wandb": wandb, "tensorboard": tensorboard}.items():
+    wanted and not version(package) and sys.exit(f"--{'lora_rank' if package == 'peft' else package}: pip install {package} first")
 out = out.rstrip("/")
 manifest = begin(out, "", config, "model", "pairs")
 if manifest is None:
@@ -70,22 +87,24 @@ records, manifest["counts"] = read_pairs(pairs, tokenizer, ends, max_length)
 # ---- processes, and the sharded policy (torch is imported only now: a finished stage and bad input end above) ----
 import torch
 import torch.distributed as dist
-from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError, safe_open
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from safetensors.torch import save_file
 
 import losses
+from policy import build_policy, flops, load_weights, matmul_rate, pack, save_policy
 
 device = pick_device()
+if device.type == "cpu":
+    with contextlib.suppress(AttributeError, OSError):                  # glibc gives large tensors back to the system, and fresh pages are slow
+        for option in (-1, -3):                                         # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: a fifth of the time
+            ctypes.CDLL(None).mallopt(option, 2**30)
 backend = "nccl" if device.type == "cuda" else "gloo"
 if "RANK" in os.environ:
     dist.init_process_group(backend)
 else:                                                                   # started by python: a world of one, no ports
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-mesh = dist.init_device_mesh(device.type, (WORLD_SIZE,))
+shape, names = ((WORLD_SIZE // shard_size, shard_size), ("replicate", "shard")) if shard_size else ((WORLD_SIZE,), ("shard",))
+mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
 
 
 def say(line):
@@ -98,97 +117,16 @@ def peak_memory():
     return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-class Policy(torch.nn.Module):
-    """From ids to log-probabilities inside one root module, so that FSDP has gathered the head when the gather needs it."""
-
-    def __init__(self, lm):
-        super().__init__()
-        self.lm, self.softcap = lm, getattr(lm.config, "final_logit_softcapping", None)
-
-    def forward(self, input_ids, position_ids, index, labels):
-        # use_cache=False is what makes transformers see the sequences packed into a row (restarting positions)
-        hidden = self.lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state   # (R, L, D)
-        return losses.logprob(hidden.flatten(0, 1)[index], self.lm.get_output_embeddings().weight, labels, gather_chunk, self.softcap)
-
-
-def build_policy(name):
-    """The policy on the meta device, each decoder layer sharded, then the root; no weight has memory yet."""
-    hf = AutoConfig.from_pretrained(name)
-    for key, value in hf.to_dict().items():
-        if "drop" in key and isinstance(value, float):
-            setattr(hf, key, 0.0)                                       # dropout would make policy and reference differ
-    attention = "eager" if getattr(hf, "attn_logit_softcapping", None) else "sdpa"        # sdpa has no soft-capping
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(hf, dtype=torch.float32, attn_implementation=attention)
-    head = lm.get_output_embeddings()
-    unsupported = [k for k in ("logit_scale", "logits_scaling") if getattr(hf, k, None) not in (None, 1.0)]
-    if unsupported or head is None or head.bias is not None or not hasattr(lm.base_model, "layers"):
-        sys.exit(f"--model={name}: architecture {lm.__class__.__name__} is not supported ({unsupported or 'its head or its layers'}): "
-                 "the log-prob gather reads the head's weight itself")
-    for module in lm.modules():                                         # rotary tables and the like are made, not loaded
-        for buffer_name, buffer in module.named_buffers(recurse=False):
-            module._buffers[buffer_name] = torch.full_like(buffer, float("nan"), device=device)
-            lm._init_weights(module)
-            if module._buffers[buffer_name].isnan().any():
-                sys.exit(f"--model={name}: {lm.__class__.__name__} has a buffer '{buffer_name}' that this loader cannot make")
-    lm.train()
-    if recompute:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
-    precision = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
-    policy = Policy(lm)
-    for layer in lm.base_model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    return fully_shard(policy, mesh=mesh, mp_policy=precision)
-
-
-def load_weights(policy, name):
-    """Fill the policy from safetensors: every process reads the rows of each weight that it will hold, in float32."""
-    folder = name if os.path.isdir(name) else snapshot_download(name, allow_patterns=["*.safetensors", "*.json"], ignore_patterns=["consolidated*", "original/*"])
-    found = {}
-    for file in sorted(f for f in os.listdir(folder) if f.endswith(".safetensors")):
-        try:
-            weights = safe_open(os.path.join(folder, file), "pt")
-        except (SafetensorError, OSError) as e:
-            sys.exit(f"{os.path.join(folder, file)}: not a whole safetensors file ({e})")
-        found |= {key: weights for key in weights.keys()}
-    found or sys.exit(f"--model={name}: no *.safetensors in it; other formats can run code and are not read")
-    state, tied = {}, {}
-    for key, parameter in policy.lm.named_parameters(remove_duplicate=False):
-        if id(parameter) not in tied:                                   # an output head tied to the embedding is one weight
-            key in found or sys.exit(f"--model={name}: weight {key} is missing in its safetensors")
-            shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-            rows = found[key].get_slice(key)
-            if rows.get_shape() != list(parameter.shape):
-                sys.exit(f"--model={name}: weight {key} has shape {rows.get_shape()}, its config.json says {list(parameter.shape)}")
-            local = rows[offset[0]:offset[0] + shape[0]].to(device, torch.float32)
-            tied[id(parameter)] = torch.nn.Parameter(DTensor.from_local(
-                local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()))
-        state[key] = tied[id(parameter)]
-    policy.lm.load_state_dict(state, strict=False, assign=True)
-
-
-def save(policy, folder):
-    """Gather the weights one after another on rank 0 and write them as a Hugging Face folder in `dtype`."""
-    state = {}
-    for key, parameter in policy.lm.named_parameters():
-        whole = parameter.full_tensor()
-        if RANK == 0:
-            state[key] = whole.detach().to("cpu", getattr(torch, dtype))
-    if RANK == 0:
-        save_torch_state_dict(state, folder, metadata={"format": "pt"})
-        policy.lm.config.dtype = getattr(torch, dtype)
-        policy.lm.config.save_pretrained(folder)
-        GenerationConfig(eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-
-policy = build_policy(model)
-load_weights(policy, model)
-# before any forward pass: after one without gradient the root's weights stay gathered, and those are not ours to update
-optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=tuple(map(float, betas.split(","))), weight_decay=weight_decay, fused=True)
+precision = getattr(torch, dtype)
+policy = build_policy(model, mesh, precision, chunk=gather_chunk, recompute=recompute, compile=compile, lora_rank=lora_rank, lora_alpha=lora_alpha)
+load_weights(policy, model, seed)
+trained = {name: p for name, p in policy.lm.named_parameters() if p.requires_grad}
+optimizer = torch.optim.AdamW(trained.values(), lr=lr, betas=tuple(map(float, betas.split(","))), weight_decay=weight_decay, fused=True)
+for p in trained.values():                                              # made now, so that a checkpoint finds where to go
+    optimizer.state[p] = {"step": torch.zeros((), device=device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 # ---- the plan: which process computes which pairs when, fixed before the first step ----
-lengths = [2 * len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in records]
+lengths = [len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in records]
 steps, draw = [], random.Random(seed)
 for _ in range(epochs):
     order = list(range(len(records)))
@@ -196,6 +134,7 @@ for _ in range(epochs):
         draw.shuffle(order)
     steps += plan(lengths, order, batch_size, WORLD_SIZE, tokens_per_microbatch)
 steps = steps[:max_steps] if max_steps else steps
+first_epoch = [groups for rounds in steps[:-(-len(records) // batch_size)] for groups in rounds]
 loss in losses.OBJECTIVES or sys.exit(f"--loss={loss}: there are {', '.join(losses.OBJECTIVES)}")
 signature = inspect.signature(losses.OBJECTIVES[loss]).parameters
 carried = [c for c in ("z", "q_w", "q_l", "g_w", "g_l") if all(isinstance(r.get(c), (int, float)) for r in records)]
@@ -205,11 +144,11 @@ soft_labels and "z" not in carried and sys.exit(f"--soft_labels=True: not every 
 
 
 def forward(group):
-    """Summed log-probs of chosen and rejected of the pairs with these indices, (B,) each, and the slots computed for them."""
-    batch = pack([records[i] for i in group])
-    logp = policy(*(batch[k].to(device) for k in ("input_ids", "position_ids", "index", "labels")))          # (T,)
-    sums = torch.stack([part.sum() for part in logp.split(batch["lengths"])]) if group else logp             # (2B,)
-    return *sums.chunk(2), batch["input_ids"].numel()
+    """Summed log-probs of chosen and rejected of the pairs with these indices, (B,) each, and the share of padding."""
+    row, lengths, padding = pack([records[i] for i in group], policy.kernel)
+    logp = policy(**row)                                                                                     # (N,)
+    sums = torch.segment_reduce(logp, "sum", lengths=lengths.to(device), unsafe=True) if group else logp     # (2B,)
+    return *sums.view(-1, 2).unbind(1), padding
 
 
 def margins(group, logp_w, logp_l):
@@ -221,18 +160,36 @@ def margins(group, logp_w, logp_l):
     return losses.margins(logp_w, logp_l, *reference[group].unbind(1), len_w, len_l, **columns)
 
 
-# ---- reference log-probabilities: the policy itself, same code and batches, before its first step ----
-started = time.time()
-reference = torch.zeros(len(records), 2, device=device)                                                      # (pairs, [w, l])
-with torch.no_grad():
-    for rounds in steps[:-(-len(records) // batch_size)]:               # of the first epoch
-        for groups in rounds:
+# ---- reference log-probabilities: the policy itself, same code and layout, before its first step; kept in a file ----
+work = out + ".tmp"
+cache, began = reference_cache or os.path.join(work, "reference.safetensors"), time.time()
+for folder in (work, os.path.dirname(cache) or "."):
+    os.makedirs(folder, exist_ok=True)
+made_from = json.dumps([manifest["inputs"], dtype, max_length, manifest["versions"]], sort_keys=True)
+reference, cached = torch.zeros(len(records), 2, device=device), False                                       # (pairs, [w, l])
+needed = [i for groups in first_epoch for g in groups for i in g]
+if os.path.exists(cache):
+    with contextlib.suppress(SafetensorError), safe_open(cache, "pt") as f:
+        if (f.metadata() or {}).get("made_from") == made_from:
+            kept = f.get_tensor("reference").to(device)
+            cached = bool(kept[needed].all())                           # 0 stands for what has not been computed
+    reference = kept if cached else reference
+    cached or say(f"{cache}: not whole, or made by another model, dtype or version, or for other pairs; computed again")
+if not cached:
+    with torch.no_grad():
+        for groups in first_epoch:
             logp_w, logp_l, _ = forward(groups[RANK])
             reference[groups[RANK]] = torch.stack([logp_w, logp_l], 1)
-dist.all_reduce(reference)                                              # each process filled the rows of its own pairs
+    policy.reshard()                                                    # without gradient the root stays gathered, and would not move
+    dist.all_reduce(reference)                                          # each process filled the rows of its own pairs
+    if RANK == 0:
+        save_file({"reference": reference.cpu()}, cache + ".tmp", {"made_from": made_from})
+        os.replace(cache + ".tmp", cache)
+seconds, peak = time.time() - began, matmul_rate(8192 if device.type == "cuda" else 1536, device, precision)
 terms = ", ".join(f"{k}={config[k]}" for k, p in signature.items() if p.kind is p.KEYWORD_ONLY)
-say(f"loss {loss}({terms}), {len(records)} pairs, {len(steps)} steps, {sum(p.numel() for p in policy.parameters()) / 1e6:.2f}M parameters "
-    f"on {WORLD_SIZE} x {device.type}, reference log-probs in {time.time() - started:.1f} s")
+say(f"loss {loss}({terms}), {len(records)} pairs, {len(steps)} steps, {sum(p.numel() for p in trained.values()) / 1e6:.2f}M parameters to train\n"
+    f"{WORLD_SIZE} x {device.type}, attention {policy.kernel}, matrix products {peak / 1e12:.2f} TFLOP/s in {dtype} (measured; what MFU refers to)\n"
+    f"reference log-probs {f'from {cache}' if cached else f'in {seconds:.1f} s'}")
 
 try:                                                                    # what the first loss has to be: policy = reference
     expected = sum(losses.pair_loss(loss, margins(g, *reference[g].unbind(1)), **config).sum().item() for groups in steps[0] for g in groups if g)
@@ -241,7 +198,47 @@ except ValueError as e:
 expected /= sum(len(g) for groups in steps[0] for g in groups)
 math.isfinite(expected) or sys.exit(f"--loss={loss}: with these settings and pairs the loss is {expected} before the first step")
 
-# ---- schedule ----
+# ---- checkpoints: what a step changes, everything else follows from settings and pairs (nothing in training is random) ----
+
+
+def moving():
+    """Weights that train and their moments, as tensors that torch.distributed.checkpoint saves, and fills in place."""
+    return {f"{name}.{kind}": t for name, p in trained.items() for kind, t in [("weight", p.detach()), *optimizer.state[p].items()]}
+
+
+def checkpoint(done):
+    """Write WORK/step_DONE: beside, then renamed, with the size of each file; older ones beyond keep_checkpoints go."""
+    import torch.distributed.checkpoint as dcp                          # half a second, so not before it is needed
+    folder = os.path.join(work, f"step_{done:06d}")
+    dcp.save(moving(), checkpoint_id=folder + ".tmp")
+    if RANK == 0:
+        write_json(os.path.join(folder + ".tmp", "sizes.json"), {e.name: e.stat().st_size for e in os.scandir(folder + ".tmp")})
+        os.replace(folder + ".tmp", folder)
+        for old in sorted(glob.glob(os.path.join(work, "step_*[0-9]")))[:-keep_checkpoints]:
+            shutil.rmtree(old)
+
+
+def resume():
+    """Fill the policy and the optimizer from the newest whole checkpoint; the steps it has done, 0 without one."""
+    for folder in sorted(glob.glob(os.path.join(work, "step_*[0-9]")), reverse=True):
+        sizes, there = {"sizes.json": -1}, {e.name: e.stat().st_size for e in os.scandir(folder)}
+        if "sizes.json" in there:
+            with open(os.path.join(folder, "sizes.json"), encoding="utf-8") as f:
+                sizes = json.load(f)
+        broken = [name for name, size in sizes.items() if there.get(name) != size]
+        if not broken:
+            import torch.distributed.checkpoint as dcp
+            dcp.load(moving(), checkpoint_id=folder)
+            say(f"going on from {folder}")
+            return int(folder[-6:])
+        say(f"{folder}: passed over, {broken[0]} is not whole")
+        dist.barrier()                                                  # until all have looked
+        if RANK == 0:
+            shutil.rmtree(folder)
+    return 0
+
+
+# ---- schedule and logs ----
 rising = math.ceil(warmup * len(steps))
 
 
@@ -253,51 +250,69 @@ def lr_at(step):
     return lr * SCHEDULES[schedule](done)
 
 
+def open_logs(start):
+    """Functions that take the record of a step: metrics.jsonl, of which the records before `start` stay, and what else is on."""
+    path, writers = os.path.join(work, "metrics.jsonl"), []
+    kept = open(path, encoding="utf-8").readlines()[:start] if start else []
+    log = open(path, "w", encoding="utf-8", buffering=1)
+    log.writelines(kept)
+    writers.append(lambda r: log.write(json.dumps(r) + "\n"))
+    if wandb:
+        writers.append(importlib.import_module("wandb").init(project="nanoaipo", name=out, config=config).log)
+    if tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(os.path.join(work, "tensorboard"))
+        writers.append(lambda r: [board.add_scalar(k, v, r["step"]) for k, v in r.items()])
+    return writers
+
+
 # ---- the loop ----
 NAMES = ("loss", "nll", "reward_chosen", "reward_rejected", "accuracy", "s_theta", "s_ref", "logp_chosen", "logp_rejected", "len_chosen", "len_rejected")
-work = out + ".tmp"
+start = resume()
+logs = []
 if RANK == 0:
-    shutil.rmtree(work, ignore_errors=True)
-    os.makedirs(work)
-    log = open(os.path.join(work, "metrics.jsonl"), "w", encoding="utf-8")
-for step, rounds in enumerate(steps):
+    write_json(manifest_of(work), manifest)
+    logs = open_logs(start)
+for step, rounds in enumerate(steps[start:], start):
     began, batch = time.time(), [i for groups in rounds for g in groups for i in g]
     sums = torch.zeros(len(NAMES) + 1, device=device)
     for groups in rounds:
-        logp_w, logp_l, slots = forward(groups[RANK])
+        logp_w, logp_l, padding = forward(groups[RANK])
         m = margins(groups[RANK], logp_w, logp_l)
         per_pair = losses.pair_loss(loss, m, **config)                                                       # (B,)
         (per_pair.sum() * WORLD_SIZE / len(batch)).backward()           # FSDP divides by the processes: the step's mean over pairs
         with torch.no_grad():
             sums[:-1] += torch.stack([per_pair, m["nll"], beta * m["r_w"], beta * m["r_l"], (m["s"] > 0).float(), m["s_theta"],
                                       m["s_ref"], logp_w, logp_l, m["len_w"], m["len_l"]]).sum(1)
-            sums[-1] += slots
+            sums[-1] += padding * len(batch) / (WORLD_SIZE * len(rounds))
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step)
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip).full_tensor().item()
+    norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip).full_tensor().item()
     optimizer.step()
     optimizer.zero_grad()
     dist.all_reduce(sums)
-    r = {"step": step, "lr": lr_at(step), **dict(zip(NAMES, (sums[:-1] / len(batch)).tolist())), "grad_norm": norm}
+    r = {"step": step, "lr": lr_at(step), **dict(zip((*NAMES, "padding"), (sums / len(batch)).tolist())), "grad_norm": norm}
     seconds, tokens = time.time() - began, sum(lengths[i] for i in batch)
-    r |= {"pairs": len(batch), "tokens": tokens, "tokens_per_s": tokens / seconds, "padding": 1 - tokens / sums[-1].item(), "memory_gib": peak_memory()}
+    r |= {"pairs": len(batch), "tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds, "memory_gib": peak_memory(),
+          "mfu": flops(policy, [records[i] for i in batch]) / seconds / (peak * WORLD_SIZE)}
     if step == 0 and not abs(r["loss"] - expected) <= (1e-3 if dtype == "float32" else 2e-2) * max(1, abs(expected)):
         sys.exit(f"--loss={loss}: the first loss is {r['loss']:.6f}, but with policy = reference it has to be {expected:.6f}: "
                  "the policy does not compute the same twice (dropout? a kernel that is not deterministic?)")
     math.isfinite(r["loss"] + norm) or sys.exit(f"step {step + 1}: the loss is {r['loss']}, the gradient's norm {norm}: lower --lr, or look at its pairs")
-    if RANK == 0:
-        log.write(json.dumps(r) + "\n")
-        log.flush()
+    for log in logs:
+        log(r)
     say(f"step {step + 1:4d}/{len(steps)}  loss {r['loss']:.4f}  nll {r['nll']:.3f}  acc {r['accuracy']:.2f}  rewards {r['reward_chosen']:+.3f} "
         f"{r['reward_rejected']:+.3f}  margins {r['s_theta']:+.2f} {r['s_ref']:+.2f}  len {r['len_chosen']:.0f} {r['len_rejected']:.0f}  "
-        f"grad {norm:.2f}  lr {r['lr']:.1e}  {r['tokens_per_s']:,.0f} tok/s")
+        f"grad {norm:.2f}  lr {r['lr']:.1e}  {r['tokens_per_s']:,.0f} tok/s  {r['mfu']:.0%} MFU")
+    if checkpoint_every and (step + 1) % checkpoint_every == 0 and step + 1 < len(steps):
+        checkpoint(step + 1)
 
 # ---- the result appears under its name when whole ----
-save(policy, work)
+save_policy(policy, work, precision, tokenizer, ends, RANK)
 if RANK == 0:
-    log.close()
-    write_json(manifest_of(work), manifest)
     os.replace(work, out)
+    for folder in glob.glob(os.path.join(out, "step_*")):
+        shutil.rmtree(folder)
 say(f"{len(steps)} steps -> {out}")
 dist.barrier()                                                          # gloo aborts a process whose peer has left
 dist.destroy_process_group()

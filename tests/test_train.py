@@ -1,4 +1,4 @@
-"""train.py and the packing of pairs: against TRL, against plain transformers, one process against two, killed and run again."""
+"""train.py: against TRL and plain transformers, one process against two and four, what it logs and saves, killed and run again."""
 import json
 import math
 import random
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from array import array
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
-import losses
+from policy import pack
 
 FLOAT32 = {"dtype": "float32", "recompute": False, "shuffle": False}
 
@@ -132,55 +133,78 @@ def test_a_plan_has_no_rounds_without_pairs_when_the_budget_is_below_a_pair():
     assert data.plan([900, 10], [0, 1], 2, 1, 100) == [[[[0]], [[1]]]]
 
 
-# ---------------------------------------------------------------------------------------------- packing
+@pytest.mark.parametrize("layout", [(2, 1), (4, 2)], ids=["2-copies", "2-copies-of-2-shards"])
+def test_copies_of_the_weights_give_the_weights_of_one_process(layout, plain_run, tmp_path):
+    processes, shard_size = layout
+    _, settings, one, weights = plain_run
+    many, weights_many = train(tmp_path / "many", processes=processes, shard_size=shard_size, **settings)
+    assert apart(weights_many, weights) < 1e-5
+    for a, b in zip(one, many):
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4) and a["loss"] == pytest.approx(b["loss"], abs=1e-5)
 
 
-def test_the_trained_labels_of_a_packed_batch_read_as_the_responses(tiny_model, pairs):
+def test_two_processes_train_the_adapters_of_one_and_nothing_else_moves(tiny_model, plain_run, tmp_path):
+    settings = plain_run[1] | {"lora_rank": 4, "lr": 1e-2}
+    (one, weights), (two, weights_two) = train(tmp_path / "one", **settings), train(tmp_path / "two", processes=2, **settings)
+    assert apart(weights, weights_two) < 1e-5
+    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], abs=1e-5) and one[-1]["loss"] < one[0]["loss"] - 0.1
+    start = load_file(tiny_model / "model.safetensors")
+    assert {k for k in start if not torch.equal(start[k], weights[k])} == {k for k in start if k.endswith("_proj.weight")}
+    lm, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "one"), torch.arange(6, 100)[None]
+    assert all(torch.equal(p, weights[k]) for k, p in lm.named_parameters()) and lm(ids).logits.isfinite().all()
+
+
+def test_compiled_layers_give_the_weights_of_plain_ones(pairs, tmp_path):
+    settings = {"model": build_model(tmp_path / "model", num_hidden_layers=1), "pairs": pairs, "batch_size": 3, "lr": 1e-3}
+    (plain, weights), (compiled, weights_compiled) = train(tmp_path / "plain", **settings), train(tmp_path / "compiled", compile=True, **settings)
+    assert apart(weights, weights_compiled) < 1e-5 < 1e-3 < apart(weights, load_file(settings["model"] / "model.safetensors"))
+    assert [r["loss"] for r in plain] == pytest.approx([r["loss"] for r in compiled], abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- records and logs
+
+
+def test_records_keep_ids_as_numbers_of_four_bytes_and_no_text(tiny_model, tmp_path):
     tokenizer, ends = data.load_tokenizer(tiny_model)
-    records, _ = data.read_pairs(pairs, tokenizer, ends, 2560)
-    batch = data.pack(records)
-    assert batch["input_ids"].shape[0] < 2 * len(records)               # sequences do share rows
-    flat, positions = batch["input_ids"].flatten(), batch["position_ids"].flatten()
-    texts = [tokenizer.decode(part) for part in batch["labels"].split(batch["lengths"])]
-    assert texts == [r[key][0]["content"] + "<|end|>" for key in ("chosen", "rejected") for r in records]
-    assert torch.equal(flat[batch["index"] + 1], batch["labels"])       # each label follows the place that predicts it
-    for part, r in zip(batch["index"].split(batch["lengths"]), records * 2):
-        start = part[0].item() - len(r["prompt_ids"]) + 1
-        assert flat[start:part[0] + 1].tolist() == r["prompt_ids"]
-        assert positions[start:part[-1] + 1].tolist() == list(range(len(part) + len(r["prompt_ids"]) - 1))
-    assert tokenizer.decode(records[0]["prompt_ids"]) == f"<s><|user|>{records[0]['prompt'][0]['content']}<|end|><|assistant|>"
+    (text,) = write_pairs(tmp_path / "pairs.jsonl", 1, z=0.5, scores=[1, 2], id="a")
+    (record,), _ = data.read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, ends, 2560)
+    ids = {k: record.pop(k) for k in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    assert record == {"z": 0.5, "id": "a"} and all(isinstance(v, array) and v.typecode == "i" and v.itemsize == 4 for v in ids.values())
+    assert tokenizer.decode(ids["chosen_ids"]) == text["chosen"][0]["content"] + "<|end|>"
 
 
-def test_a_packed_batch_of_no_pairs_has_no_labels():
-    batch = data.pack([])
-    assert batch["input_ids"].numel() > 0 and len(batch["labels"]) == len(batch["index"]) == 0
-
-
-ARCHITECTURES = {
-    "Llama": {}, "Mistral": {"sliding_window": 16}, "Qwen2": {"tie_word_embeddings": True},
-    "Gemma2": {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8, "sliding_window": 16,
-               "tie_word_embeddings": True}}
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_packed_log_probs_equal_each_sequence_alone_in_plain_transformers(architecture, pairs, tmp_path):
-    model = build_model(tmp_path / "model", architecture, **ARCHITECTURES[architecture])
-    logged, weights = train(tmp_path / "out", model=model, pairs=pairs, batch_size=7, max_steps=1)
+def test_logged_log_probs_are_those_of_plain_transformers(pairs, tmp_path):
+    model = build_model(tmp_path / "model", "Gemma2", final_logit_softcapping=3.0, attn_logit_softcapping=2.0, query_pre_attn_scalar=8,
+                        sliding_window=16, tie_word_embeddings=True)
+    logged, weights = train(tmp_path / "out", model=model, pairs=pairs, batch_size=7, max_steps=1, tokens_per_microbatch=200)
     tokenizer, ends = data.load_tokenizer(model)
     records, _ = data.read_pairs(pairs, tokenizer, ends, 2560)
-    lm = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
-    batch, softcap = data.pack(records), getattr(lm.config, "final_logit_softcapping", None)
-    with torch.no_grad():
-        alone = []
-        for ids, start in [(r["prompt_ids"] + r[k], len(r["prompt_ids"])) for k in ("chosen_ids", "rejected_ids") for r in records]:
-            logp = lm(torch.tensor([ids])).logits[0, start - 1:-1].log_softmax(-1)
-            alone.append(logp.gather(-1, torch.tensor(ids[start:])[:, None])[:, 0])
-        hidden = lm.base_model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).last_hidden_state
-        packed = losses.logprob(hidden.flatten(0, 1)[batch["index"]], lm.get_output_embeddings().weight, batch["labels"], 16, softcap)
-    assert (packed - torch.cat(alone)).abs().max() < 1e-5
-    sums = torch.stack([a.sum() for a in alone]).view(2, -1).mean(1).tolist()
-    assert [logged[0]["logp_chosen"], logged[0]["logp_rejected"]] == pytest.approx(sums, rel=1e-6, abs=1e-5)
+    lm, sums = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager"), {}
+    for name in ("chosen", "rejected"):
+        for r in records:
+            prompt, response = r["prompt_ids"].tolist(), r[name + "_ids"].tolist()
+            logp = lm(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1].log_softmax(-1)
+            sums[name] = sums.get(name, 0) + logp.gather(-1, torch.tensor(response)[:, None]).sum().item() / len(records)
+    assert [logged[0]["logp_chosen"], logged[0]["logp_rejected"]] == pytest.approx([sums["chosen"], sums["rejected"]], rel=1e-6, abs=1e-5)
     assert apart(weights, load_file(model / "model.safetensors")) == 0  # the warm-up's first step has rate 0: what is saved is what was loaded
+
+
+def test_every_record_counts_its_tokens_padding_memory_and_flops(tiny_model, pairs, plain_run):
+    records, _ = data.read_pairs(pairs, *data.load_tokenizer(tiny_model), 2560)
+    tokens = [sum(len(r[k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids")) for r in records]
+    logged = plain_run[2]
+    assert [r["tokens"] for r in logged] == [sum(tokens[:3]), sum(tokens[3:6]), tokens[6]] * 2 and [r["step"] for r in logged] == list(range(6))
+    for r in logged:
+        assert 0 <= r["padding"] < 0.2 and 0 < r["mfu"] < 10 and r["seconds"] > 0 and 0.05 < r["memory_gib"] < 10
+        assert r["tokens_per_s"] == pytest.approx(r["tokens"] / r["seconds"])
+    assert max(r["padding"] for r in logged) > 0                        # responses of unlike lengths leave some
+
+
+def test_bfloat16_logs_nearly_the_losses_of_float32(plain_run, tmp_path):
+    _, settings, exact, _ = plain_run
+    rough, _ = train(tmp_path / "out", dtype="bfloat16", **settings)
+    assert [r["loss"] for r in rough] == pytest.approx([r["loss"] for r in exact], abs=2e-2) and exact[-1]["loss"] < exact[0]["loss"] - 0.1
+    assert rough[0]["logp_chosen"] != exact[0]["logp_chosen"]
 
 
 # ---------------------------------------------------------------------------------------------- end tokens
@@ -191,9 +215,11 @@ def test_packed_log_probs_equal_each_sequence_alone_in_plain_transformers(archit
 def test_responses_from_text_get_exactly_one_end_token(template, pad, pairs, tmp_path):
     tokenizer, ends = data.load_tokenizer(build_model(tmp_path / "model", template=template, pad=pad))
     records, _ = data.read_pairs(pairs, tokenizer, ends, 2560)
-    batch = data.pack(records)
-    for part, ids in zip(batch["labels"].split(batch["lengths"]), [r[k] for k in ("chosen_ids", "rejected_ids") for r in records]):
-        assert part.tolist() == ids and sum(i == tokenizer.eos_token_id for i in ids) == 1
+    row, lengths, _ = pack(records, "packed_sdpa")
+    parts, responses = row["labels"].split(lengths.tolist()), [r[k] for r in records for k in ("chosen_ids", "rejected_ids")]
+    assert len(parts) == len(responses) == 14
+    for part, ids in zip(parts, responses):
+        assert part.tolist() == ids.tolist() and sum(i == tokenizer.eos_token_id for i in ids) == 1
         assert tokenizer.decode(ids).endswith("<|end|>\n" if template == CHATML else "<|end|>")
     assert all(r["prompt_ids"].count(tokenizer.bos_token_id) == 1 for r in records)
 
@@ -209,8 +235,8 @@ def test_pairs_with_ids_keep_them_and_a_response_cut_at_its_length_has_no_end_to
     cut, whole = (tokenizer(text, add_special_tokens=False).input_ids for text in ("an answer without end", "an answer<|end|>"))
     write_pairs(tmp_path / "pairs.jsonl", 1, prompt_ids=[0, 3, 70, 1, 4], chosen_ids=cut, rejected_ids=whole)
     (record,), _ = data.read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, ends, 2560)
-    labels = data.pack([record])["labels"].split([len(cut), len(whole)])
-    assert [part.tolist() for part in labels] == [cut, whole] and record["prompt_ids"] == [0, 3, 70, 1, 4]
+    labels = pack([record], "packed_sdpa")[0]["labels"].split([len(cut), len(whole)])
+    assert [part.tolist() for part in labels] == [cut, whole] and record["prompt_ids"].tolist() == [0, 3, 70, 1, 4]
     assert tokenizer.eos_token_id not in labels[0]
 
 
@@ -321,6 +347,17 @@ def test_settings_that_make_no_sense_are_named(tiny_model, pairs, tmp_path):
         assert message in refused(tmp_path / "out", model=tiny_model, pairs=pairs, **settings)
 
 
+def test_a_shard_size_that_does_not_divide_the_processes_is_named(tiny_model, pairs, tmp_path):
+    assert refused(tmp_path / "out", model=tiny_model, pairs=pairs, shard_size=2) == "--shard_size=2: has to divide the 1 processes"
+
+
+@pytest.mark.parametrize("package, settings", [("peft", {"lora_rank": 4}), ("wandb", {"wandb": True}), ("tensorboard", {"tensorboard": True})])
+def test_a_package_that_is_not_installed_is_named(package, settings, tiny_model, pairs, tmp_path):
+    if data.version(package):
+        pytest.skip(f"{package} is installed")
+    assert refused(tmp_path / "out", model=tiny_model, pairs=pairs, **settings) == f"--{next(iter(settings))}: pip install {package} first"
+
+
 def test_a_schedule_that_does_not_exist_is_named(tiny_model, pairs, tmp_path):
     assert "'schedule'" in (message := refused(tmp_path / "out", model=tiny_model, pairs=pairs, schedule="cosin")) or "--schedule" in message
 
@@ -368,7 +405,8 @@ def test_a_finished_run_is_done_in_an_instant_and_refused_with_other_settings_or
 
 
 def test_a_killed_run_leaves_nothing_under_its_name_and_runs_again_to_the_same_bytes(tiny_model, pairs, tmp_path):
-    settings = {"loss": "dpo", **FLOAT32, "model": tiny_model, "pairs": pairs, "batch_size": 2, "epochs": 40, "lr": 1e-3, "shuffle": True}
+    settings = {"loss": "dpo", **FLOAT32, "model": tiny_model, "pairs": pairs, "batch_size": 2, "epochs": 40, "lr": 1e-3, "shuffle": True,
+                "checkpoint_every": 0}
     out, log = tmp_path / "out", tmp_path / "out.tmp" / "metrics.jsonl"
     process = subprocess.Popen([sys.executable, "train.py", *(f"--{k}={v}" for k, v in settings.items()), f"--out={out}"], cwd=ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -382,3 +420,148 @@ def test_a_killed_run_leaves_nothing_under_its_name_and_runs_again_to_the_same_b
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "uninterrupted" / "model.safetensors").read_bytes()
     assert [r["loss"] for r in logged] == [r["loss"] for r in again] and len(again) == 160
     assert not (tmp_path / "out.tmp").exists()
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints and the reference's cache
+
+
+DIES = """import os, sys
+event, where = os.environ["DIES_AT"].split()
+sys.addaudithook(lambda e, args: e == event and any(str(a).endswith(where) for a in args) and os.kill(os.getpid(), 9))
+"""
+SAVING = "open out.tmp/config.json"                                     # all 12 steps are done, the weights too, not yet the rest
+
+
+def start(out, **settings):
+    """A finished process, whatever came of it; DPO in float32."""
+    return run("train.py", out=out, **{"loss": "dpo", **FLOAT32, **settings})
+
+
+def dies(folder, where, **settings):
+    """Run train.py, out being FOLDER/out, until Python is about to do what `where` says, "EVENT END OF PATH": killed there. FOLDER/out.tmp"""
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(DIES)
+    done = start(folder / "out", env={"PYTHONPATH": str(folder), "DIES_AT": where}, **settings)
+    assert done.returncode == -signal.SIGKILL and not (folder / "out").exists(), done.stdout + done.stderr
+    return folder / "out.tmp"
+
+
+def goes_on(folder, first, logged, **settings):
+    """The output of a run of FOLDER/out that succeeds, goes on at step `first` and ends with the same losses and the same bytes as `logged`'s."""
+    done = start(folder / "out", **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (f"going on from {folder / 'out.tmp'}/step_{first:06d}\n" in done.stdout) is (first > 0) and ("going on" in done.stdout) is (first > 0)
+    assert done.stdout.count("  loss ") == len(logged[1]) - first       # steps that were computed again are none of those before
+    assert [(r["step"], r["lr"], r["loss"]) for r in metrics(folder / "out")] == [(r["step"], r["lr"], r["loss"]) for r in logged[1]]
+    assert (folder / "out" / "model.safetensors").read_bytes() == (logged[0] / "model.safetensors").read_bytes()
+    assert not (folder / "out.tmp").exists() and not list((folder / "out").glob("step_*"))
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def long(tiny_model, pairs):
+    """Settings of twelve steps in four epochs, with checkpoints at 2, 4, 6, 8 and 10: on the edge of an epoch, before and after it."""
+    return {"model": tiny_model, "pairs": pairs, "batch_size": 3, "epochs": 4, "lr": 1e-3, "shuffle": True, "checkpoint_every": 2}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(long, tmp_path_factory):
+    """(folder, metrics) of those steps without a checkpoint."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    return out, train(out, **long | {"checkpoint_every": 0})[0]
+
+
+@pytest.fixture(scope="module")
+def killed(long, tmp_path_factory):
+    """FOLDER/out.tmp of a run that died at its end, with the checkpoints of steps 8 and 10; to be copied."""
+    return dies(tmp_path_factory.mktemp("killed"), SAVING, **long)
+
+
+@pytest.fixture
+def copied(killed, tmp_path):
+    shutil.copytree(killed, tmp_path / "out.tmp")
+    return tmp_path
+
+
+def test_a_run_killed_again_and_again_goes_on_to_the_same_bytes(long, uninterrupted, tmp_path):
+    for where, lines, left in (("open step_000004.tmp/__0_0.distcp", 4, ["step_000002", "step_000004.tmp"]),               # while it is written
+                               ("os.rename step_000006", 6, ["step_000002", "step_000004", "step_000006.tmp"]),       # whole, not yet named
+                               ("shutil.rmtree step_000004", 8, ["step_000004", "step_000006", "step_000008"]),         # named just now
+                               (SAVING, 12, ["step_000008", "step_000010"])):                                      # two steps later
+        work = dies(tmp_path, where, **long)
+        assert sorted(f.name for f in work.glob("step_*")) == left      # never more than keep_checkpoints, 2, but for the moment at a new one
+        assert [json.loads(line)["step"] for line in (work / "metrics.jsonl").read_text().splitlines()] == list(range(lines))
+    assert "reference log-probs from" in goes_on(tmp_path, 10, uninterrupted, **long)
+
+
+@pytest.mark.parametrize("where, first", [("open step_000004.tmp/__0_0.distcp", 2), ("shutil.rmtree step_000002", 6)])
+def test_a_run_killed_once_goes_on_to_the_same_bytes(where, first, long, uninterrupted, tmp_path):
+    dies(tmp_path, where, **long)
+    goes_on(tmp_path, first, uninterrupted, **long)
+
+
+def test_only_as_many_checkpoints_are_kept_as_asked(long, tmp_path):
+    work = dies(tmp_path, SAVING, **long, keep_checkpoints=3)
+    assert sorted(f.name for f in work.glob("step_*")) == ["step_000006", "step_000008", "step_000010"]
+
+
+def test_two_processes_go_on_from_the_checkpoint_of_one(long, copied, uninterrupted):
+    shutil.rmtree(copied / "out.tmp" / "step_000010")                   # four steps are left
+    before = [json.loads(line) for line in (copied / "out.tmp" / "metrics.jsonl").read_text().splitlines()]
+    logged, weights = train(copied / "out", processes=2, **long)
+    assert [r["step"] for r in logged] == list(range(12)) and [r["lr"] for r in logged] == [r["lr"] for r in uninterrupted[1]]
+    assert [r["loss"] for r in logged] == pytest.approx([r["loss"] for r in uninterrupted[1]], abs=1e-5)
+    assert logged[:8] == before[:8] and logged[8] != before[8]          # it did go on: these lines stay, with their seconds
+    assert apart(weights, load_file(uninterrupted[0] / "model.safetensors")) < 1e-5
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def test_a_broken_checkpoint_is_passed_over_aloud(long, copied, uninterrupted):
+    broken = copied / "out.tmp" / "step_000010"
+    halve(broken / "__0_0.distcp")
+    assert f"{broken}: passed over, __0_0.distcp is not whole\n" in goes_on(copied, 8, uninterrupted, **long)
+
+
+def test_without_a_whole_checkpoint_a_run_starts_from_the_beginning(long, copied, uninterrupted):
+    halve(copied / "out.tmp" / "step_000008" / "__0_0.distcp")
+    (copied / "out.tmp" / "step_000010" / "sizes.json").unlink()        # as when a run dies while it removes its checkpoints
+    assert goes_on(copied, 0, uninterrupted, **long).count("passed over") == 2
+
+
+def test_a_run_goes_on_with_settings_that_do_not_enter_the_result_only(long, copied, uninterrupted):
+    message = refused(copied / "out", **{"loss": "dpo", **FLOAT32, **long, "lr": 2e-3})
+    assert "another 'lr' (0.001, now 0.002)" in message and str(copied / "out.tmp") in message
+    done = start(copied / "out", **long, tokens_per_microbatch=100)
+    assert done.returncode == 0 and "going on from" in done.stdout and done.stdout.count("  loss ") == 2, done.stdout + done.stderr
+    assert apart(*(load_file(folder / "model.safetensors") for folder in (copied / "out", uninterrupted[0]))) < 1e-5
+
+
+def test_without_checkpoints_a_run_starts_over_with_other_settings(long, tmp_path):
+    dies(tmp_path, SAVING, **long | {"checkpoint_every": 0})
+    done = start(tmp_path / "out", **long | {"checkpoint_every": 0, "lr": 2e-3})
+    assert done.returncode == 0 and "going on" not in done.stdout and done.stdout.count("  loss ") == 12, done.stderr
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]["lr"] == 2e-3 and len(metrics(tmp_path / "out")) == 12
+
+
+def test_kept_reference_log_probs_are_those_that_would_be_computed(plain_run, tmp_path):
+    out, settings, *_ = plain_run
+    cache, weights = out / "reference.safetensors", {}
+    for name, more in (("cached", {"reference_cache": cache}), ("computed", {})):
+        done = start(tmp_path / name, **settings, beta=0.3, **more)
+        assert done.returncode == 0 and (f"reference log-probs from {cache}\n" in done.stdout) is (name == "cached"), done.stdout + done.stderr
+        weights[name] = (tmp_path / name / "model.safetensors").read_bytes()
+    assert weights["cached"] == weights["computed"] != (out / "model.safetensors").read_bytes()
+
+
+def test_reference_log_probs_of_another_dtype_or_of_other_pairs_are_computed_again(plain_run, tmp_path):
+    out, settings, *_ = plain_run
+    cache = tmp_path / "reference.safetensors"
+    shutil.copy(out / cache.name, cache)
+    write_pairs(tmp_path / "pairs.jsonl", 7, seed=5)
+    for name, more in (("dtype", {"dtype": "bfloat16"}), ("pairs", {"pairs": tmp_path / "pairs.jsonl"})):
+        before, done = cache.read_bytes(), start(tmp_path / name, **settings | more, reference_cache=cache, max_steps=1)
+        assert f"{cache}: not whole, or made by another model, dtype or version, or for other pairs; computed again" in done.stdout, done.stdout + done.stderr
+        assert done.returncode == 0 and "reference log-probs in " in done.stdout and cache.read_bytes() != before

@@ -1,0 +1,269 @@
+"""The policy that train.py trains: built without memory and sharded, filled and saved weight by weight; packed attention; LoRA.
+
+A micro-batch is one row of tokens, (1, T), without padding. A pair is laid out as prompt, chosen, rejected: each token of the
+prompt is computed once (prefix sharing, 2410.20305), and only attention knows that these are two sequences. transformers
+hands its layers' queries, keys and values to the two functions below, registered under names of their own.
+"""
+import math
+import os
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+import losses
+
+# ---- one micro-batch as a row, and attention over its sequences ----
+
+
+def pack(pairs, kernel):
+    """The row of these B pairs: (arguments of Policy.forward, response tokens of each sequence, share of padding).
+
+    One pair of prompt 3 with responses of 2 and 1 tokens:
+
+        input_ids, position_ids   (1, T)    [[p p p c c r]] and [[0 1 2 3 4 3]]
+        index, labels             (N,)      where each response token is predicted, [2 3 2], and its id
+        segments                  dict      of the sequences [0 1 2 3 4] and [0 1 2 5], as the kernel wants them
+        lengths                   (2B,)     [2 1], of chosen and rejected of each pair in turn
+
+    The row has no padding; the rows of packed_sdpa, in which attention alone is computed, have a little.
+    """
+    ids, positions, sequences, index, labels, at = [], [], [], [], [], 0
+    for pair in pairs:
+        prompt, chosen, rejected = (torch.frombuffer(pair[k], dtype=torch.int32).long() for k in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        p, w, l = len(prompt), len(chosen), len(rejected)
+        places = torch.arange(at, at := at + p + w + l)
+        ids += [prompt, chosen, rejected]
+        positions += [torch.arange(p + w), torch.arange(p, p + l)]
+        sequences += [places[:p + w], torch.cat([places[:p], places[p + w:]])]
+        index += [s[p - 1:-1] for s in sequences[-2:]]
+        labels += [chosen, rejected]
+    if not pairs:                                                       # collectives need a row, if only of one token
+        ids = positions = sequences = [torch.zeros(1, dtype=torch.long)]
+        index = labels = [torch.zeros(0, dtype=torch.long)]
+    segments, slots = layout(sequences, kernel)
+    row = {"input_ids": torch.cat(ids)[None], "position_ids": torch.cat(positions)[None], "index": torch.cat(index), "labels": torch.cat(labels)}
+    return row | {"segments": segments}, torch.tensor([len(x) for x in labels[:2 * len(pairs)]]), 1 - sum(map(len, sequences)) / slots
+
+
+def layout(sequences, kernel):
+    """(What the kernel needs to know of a row of T tokens, the slots it computes).
+
+    sequences: tensors of the places of each one's tokens in the row, together covering it; a token may be in two.
+
+        packed_sdpa     rows   list of (n, L) indices, sequences of about one length, padded by index 0
+        packed_varlen   flat   (S,) indices, sequence after sequence; starts (n + 1,); longest
+        both            back   (T,) where in the kernel's output a token is found
+    """
+    blocks = []
+    for ids in sorted(sequences, key=len, reverse=True):
+        if not blocks or kernel == "packed_sdpa" and len(ids) < 0.8 * len(blocks[-1][0]):
+            blocks.append([])                                           # so at most a fifth of a row is padding
+        blocks[-1].append(ids)
+    rows = [torch.nn.utils.rnn.pad_sequence(block, True, -1) for block in blocks]                            # (n, L)
+    slots = torch.cat([r.flatten() for r in rows])
+    if kernel == "packed_varlen":
+        slots = slots[slots >= 0]
+    real = slots >= 0
+    back = torch.full((1 + slots.max(),), len(slots)).scatter_reduce_(0, slots[real], torch.arange(len(slots))[real], "amin")   # the first place
+    if kernel == "packed_sdpa":
+        return {"rows": [r.clamp(min=0) for r in rows], "back": back}, len(slots)
+    starts = torch.tensor([0] + [len(ids) for ids in blocks[0]])
+    return {"flat": slots, "starts": starts.cumsum(0, dtype=torch.int32), "longest": len(blocks[0][0]), "back": back}, len(slots)
+
+
+def take(x, index):
+    """Rows of x (T, H, d) by index (...,): (..., H, d). An embedding, because its backward pass is fast and repeatable."""
+    return F.embedding(index, x.reshape(len(x), -1)).unflatten(-1, x.shape[1:])
+
+
+@torch.compiler.disable
+def packed_sdpa(module, query, key, value, attention_mask, scaling=None, segments=None, sliding_window=None, softcap=None, s_aux=None, **_):
+    """Causal attention within each sequence: (1, H, T, d) -> (1, T, H, d). Runs anywhere; soft-caps and windows are exact."""
+    if s_aux is not None:
+        sys.exit(f"{module.__class__.__name__}: attention sinks are not supported")
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))                                # (T, H, d)
+    outputs = []
+    for rows in segments["rows"]:
+        q, k, v = (take(x, rows).transpose(1, 2) for x in (query, key, value))                             # (n, H, L, d)
+        length = rows.shape[1]
+        seen = None                                                     # causal; padding is last, so no token sees it
+        if softcap is not None or sliding_window is not None and length > sliding_window:
+            seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+            seen = seen if sliding_window is None else seen.triu(1 - sliding_window)
+        if softcap is None:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, scale=scaling, enable_gqa=True)
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            scores = softcap * torch.tanh((q @ k.transpose(2, 3)) * scaling / softcap)
+            out = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return take(torch.cat(outputs), segments["back"])[None], None
+
+
+def packed_varlen(module, query, key, value, attention_mask, scaling=None, segments=None, sliding_window=None, softcap=None, s_aux=None, **_):
+    """The same by PyTorch's variable-length flash kernel: CUDA, 16 bits, no soft-caps."""
+    from torch.nn.attention import varlen
+    if s_aux is not None or softcap is not None:
+        sys.exit(f"{module.__class__.__name__}: the variable-length kernel has no soft-capping and no attention sinks")
+    q, k, v = (take(x[0].transpose(0, 1), segments["flat"]) for x in (query, key, value))                  # (S, H, d)
+    starts, longest = segments["starts"], segments["longest"]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)  # tokens to the left, none to the right
+    out = varlen.varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=window)
+    return take(out, segments["back"])[None], None
+
+
+AttentionInterface.register("packed_sdpa", packed_sdpa)
+AttentionInterface.register("packed_varlen", packed_varlen)
+
+
+# ---- the model ----
+
+
+class Policy(torch.nn.Module):
+    """From ids to log-probabilities inside one root module, so that FSDP has gathered the head when the gather needs it."""
+
+    def __init__(self, lm, chunk):
+        super().__init__()
+        self.lm, self.chunk, self.kernel = lm, chunk, lm.config._attn_implementation
+        self.softcap = getattr(lm.config, "final_logit_softcapping", None)
+
+    def forward(self, input_ids, position_ids, index, labels, segments):
+        """Log-probs (N,) of the labels (N,), predicted at index (N,) of the row input_ids (1, T)."""
+        hidden = self.lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, segments=segments).last_hidden_state
+        return losses.logprob(hidden[0, index], self.lm.get_output_embeddings().weight, labels, self.chunk, self.softcap)
+
+
+def build_policy(name, mesh, dtype, *, chunk, recompute, compile, lora_rank, lora_alpha):
+    """The policy on the meta device, each decoder layer sharded over `mesh`, then the root; no weight has memory yet.
+
+    dtype: of computation; weights that train are float32, frozen ones (LoRA) are kept in dtype. Ends the program, naming the
+    reason, for an architecture that it would not compute exactly.
+    """
+    device = torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
+    hf = AutoConfig.from_pretrained(name)
+    for key, value in hf.to_dict().items():
+        if "drop" in key and isinstance(value, float):
+            setattr(hf, key, 0.0)                                       # dropout would make policy and reference differ
+    fast = device.type == "cuda" and dtype != torch.float32 and not getattr(hf, "attn_logit_softcapping", None)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(hf, dtype=torch.float32, attn_implementation="packed_varlen" if fast else "packed_sdpa")
+    head = lm.get_output_embeddings()
+    unsupported = [k for k in ("logit_scale", "logits_scaling") if getattr(hf, k, None) not in (None, 1.0)]
+    if unsupported or head is None or head.bias is not None or not hasattr(lm.base_model, "layers"):
+        sys.exit(f"--model={name}: architecture {lm.__class__.__name__} is not supported ({unsupported or 'its head or its layers'}): "
+                 "the log-prob gather reads the head's weight itself")
+    for module in lm.modules():                                         # rotary tables and the like are made, not loaded
+        for buffer_name, buffer in module.named_buffers(recurse=False):
+            module._buffers[buffer_name] = torch.full_like(buffer, float("nan"), device=device)
+            lm._init_weights(module)
+            if module._buffers[buffer_name].isnan().any():
+                sys.exit(f"--model={name}: {lm.__class__.__name__} has a buffer '{buffer_name}' that this loader cannot make")
+    if lora_rank:
+        from peft import LoraConfig, inject_adapter_in_model
+        lm = inject_adapter_in_model(LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear"), lm, low_cpu_mem_usage=True)
+        for parameter in lm.parameters():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+    lm.train()
+    if recompute:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(lm, chunk)
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in lm.base_model.layers:
+        if compile:
+            layer.compile(dynamic=True)
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    return fully_shard(policy, mesh=mesh, mp_policy=precision)
+
+
+def load_weights(policy, name, seed=0):
+    """Fill the policy from safetensors: every process reads the rows of each weight that it will hold.
+
+    Adapters start as LoRA does (2106.09685): A drawn from the seed, B zero, so that the policy is the model it starts from.
+    """
+    if not os.path.isdir(name):
+        from huggingface_hub import snapshot_download
+        name = snapshot_download(name, allow_patterns=["*.safetensors", "*.json"], ignore_patterns=["consolidated*", "original/*"])
+    found = {}
+    for file in sorted(f for f in os.listdir(name) if f.endswith(".safetensors")):
+        path = os.path.join(name, file)
+        try:
+            with safe_open(path, "pt") as f:
+                found |= dict.fromkeys(f.keys(), path)
+        except (SafetensorError, OSError) as e:
+            sys.exit(f"{path}: not a whole safetensors file ({e})")
+    found or sys.exit(f"--model={name}: no *.safetensors in it; other formats can run code and are not read")
+    state, done, draw = {}, {}, torch.Generator().manual_seed(seed)
+    for key, parameter in policy.lm.named_parameters(remove_duplicate=False):
+        if id(parameter) not in done:                                   # an output head tied to the embedding is one weight
+            stored = key.replace(".base_layer.", ".")
+            shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+            mine = slice(offset[0], offset[0] + shape[0])
+            if ".lora_A." in key:
+                local = torch.empty(parameter.shape).uniform_(-(parameter.shape[1] ** -0.5), parameter.shape[1] ** -0.5, generator=draw)[mine]
+            elif ".lora_B." in key:
+                local = torch.zeros(shape)
+            else:
+                stored in found or sys.exit(f"--model={name}: weight {stored} is missing in its safetensors")
+                with safe_open(found[stored], "pt") as f:               # opened anew, so that the mapped file does not add up
+                    rows = f.get_slice(stored)
+                    if rows.get_shape() != list(parameter.shape):
+                        sys.exit(f"--model={name}: weight {stored} has shape {rows.get_shape()}, its config.json says {list(parameter.shape)}")
+                    local = rows[mine]
+            local = local.to(parameter.device_mesh.device_type, parameter.dtype, copy=True)
+            whole = DTensor.from_local(local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride())
+            done[id(parameter)] = torch.nn.Parameter(whole, requires_grad=parameter.requires_grad)
+        state[key] = done[id(parameter)]
+    policy.lm.load_state_dict(state, strict=False, assign=True)
+
+
+def flops(policy, pairs):
+    """Model FLOPs of one training step on these pairs, their prompts computed once: forward, and twice that backward (once
+    where weights are frozen). What is computed a second time, by recomputation or by the gather, is not counted."""
+    hf, layers = policy.lm.config, policy.lm.base_model.layers
+    body, head = (sum(p.numel() for p in m.parameters()) for m in (layers, policy.lm.get_output_embeddings()))
+    width = len(layers) * hf.num_attention_heads * (getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads)
+    forward = 0
+    for pair in pairs:
+        p, w, l = (len(pair[k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        forward += 2 * body * (p + w + l) + 2 * head * (w + l) + 2 * width * ((p + w) ** 2 + (p + l) ** 2 - p**2)    # causal: half a square
+    return forward * (3 if all(p.requires_grad for p in policy.parameters()) else 2)
+
+
+def matmul_rate(n, device, dtype):
+    """FLOP/s of the product of two n x n matrices, best of five: what this device can do, which model FLOPs are compared with."""
+    a, best = torch.ones(n, n, device=device, dtype=dtype), math.inf
+    for _ in range(6):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()                                            # waits for the device
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
+
+
+def save_policy(policy, folder, dtype, tokenizer, ends, rank):
+    """Gather the weights one after another on rank 0, adapters merged, and write them as a Hugging Face folder."""
+    weights, state = dict(policy.lm.named_parameters()), {}
+    for key, parameter in weights.items():
+        if ".lora_" in key:
+            continue
+        whole = parameter.full_tensor().detach()
+        adapted, _, kind = key.rpartition(".base_layer.")
+        if adapted and kind == "weight":
+            b, a = (weights[f"{adapted}.lora_{x}.default.weight"].full_tensor().detach() for x in "BA")
+            whole = whole.float() + policy.lm.get_submodule(adapted).scaling["default"] * (b @ a)
+        if rank == 0:
+            state[key.replace(".base_layer.", ".")] = whole.to("cpu", dtype)
+    if rank == 0:
+        from huggingface_hub import save_torch_state_dict
+        save_torch_state_dict(state, folder, metadata={"format": "pt"})
+        policy.lm.config.dtype = dtype
+        policy.lm.config.save_pretrained(folder)
+        GenerationConfig(eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
