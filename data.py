@@ -106,11 +106,6 @@ def shard(out):
     return f"{stem}-{RANK:05d}-of-{WORLD_SIZE:05d}{suffix}" if WORLD_SIZE > 1 else out
 
 
-def rows_of_rank(rows):
-    """Every WORLD_SIZE-th row, beginning with this process's rank."""
-    return rows[RANK::WORLD_SIZE]
-
-
 def pick_device():
     """This process's GPU, chosen by LOCAL_RANK, else the CPU."""
     import torch

@@ -12,7 +12,7 @@ import random
 import sys
 
 from configurator import configure
-from data import DTYPES, begin, control_text, derive_seed, load_tokenizer, pick_device, read_prompts, render, rows_of_rank, writing
+from data import DTYPES, RANK, WORLD_SIZE, begin, control_text, derive_seed, load_tokenizer, pick_device, read_prompts, render, writing
 
 # ---- settings ----
 model = ""                              # policy: Hugging Face folder or hub name
@@ -171,7 +171,7 @@ def main():
         random.Random(seed).shuffle(pool)
         first = max(iteration - 1, 0) * n_prompts
         pool = [pool[k % len(pool)] for k in range(first, first + min(n_prompts, len(pool)))]
-    counts["prompts"], rows = len(pool), rows_of_rank(pool)
+    counts["prompts"], rows = len(pool)(pool)
 
     found = importlib.util.find_spec("vllm") is not None
     engines = {"vllm": vllm_engine, "transformers": transformers_engine, "auto": vllm_engine if found else transformers_engine}

@@ -152,19 +152,21 @@ def build_policy(name, mesh, dtype, *, chunk, recompute, compile, lora_rank, lor
     for key, value in hf.to_dict().items():
         if "drop" in key and isinstance(value, float):
             setattr(hf, key, 0.0)                                       # dropout would make policy and reference differ
-    fast = device.type == "cuda" and dtype != torch.float32 and not getattr(hf, "attn_logit_softcapping", None)
+    width = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    fast = (device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0) and dtype != torch.float32 and width % 8 == 0 and width <= 256
+            and not getattr(hf, "attn_logit_softcapping", None))        # what the variable-length kernel can
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(hf, dtype=torch.float32, attn_implementation="packed_varlen" if fast else "packed_sdpa")
     head = lm.get_output_embeddings()
     unsupported = [k for k in ("logit_scale", "logits_scaling") if getattr(hf, k, None) not in (None, 1.0)]
-    if unsupported or head is None or head.bias is not None or not hasattr(lm.base_model, "layers"):
-        sys.exit(f"--model={name}: architecture {lm.__class__.__name__} is not supported ({unsupported or 'its head or its layers'}): "
-                 "the log-prob gather reads the head's weight itself")
+    unsupported += sorted(set(getattr(hf, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})    # only attention knows of sequences
+    if unsupported or getattr(lm, "_is_stateful", False) or head is None or head.bias is not None or not hasattr(lm.base_model, "layers"):
+        sys.exit(f"--model={name}: architecture {lm.__class__.__name__} is not supported ({unsupported or 'its head or its layers'})")
     for module in lm.modules():                                         # rotary tables and the like are made, not loaded
         for buffer_name, buffer in module.named_buffers(recurse=False):
             module._buffers[buffer_name] = torch.full_like(buffer, float("nan"), device=device)
             lm._init_weights(module)
-            if module._buffers[buffer_name].isnan().any():
+            if module._buffers[buffer_name].isnan().any() or buffer_name not in module._non_persistent_buffers_set:
                 sys.exit(f"--model={name}: {lm.__class__.__name__} has a buffer '{buffer_name}' that this loader cannot make")
     if lora_rank:
         from peft import LoraConfig, inject_adapter_in_model
@@ -239,7 +241,7 @@ def flops(policy, pairs):
 
 def matmul_rate(n, device, dtype):
     """FLOP/s of the product of two n x n matrices, best of five: what this device can do, which model FLOPs are compared with."""
-    a, best = torch.ones(n, n, device=device, dtype=dtype), math.inf
+    a, best = torch.randn(n, n, device=device, dtype=dtype), math.inf
     for _ in range(6):
         began = time.perf_counter()
         (a @ a)[0, 0].item()                                            # waits for the device

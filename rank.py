@@ -10,7 +10,7 @@ counts each case.
 import sys
 
 from configurator import configure
-from data import WORLD_SIZE, begin, read, rows_of_rank, writing
+from data import RANK, WORLD_SIZE, begin, read, writing
 
 # ---- settings ----
 candidates = ""                         # candidates file, folder or glob
@@ -28,7 +28,7 @@ if manifest is None:
     sys.exit(0)
 rows = [row for _, row in read(candidates, "id", "prompt", "responses")]
 rows or sys.exit(f"{candidates}: no candidates in it")
-rows = rows_of_rank(rows)
+rows = rows[RANK::WORLD_SIZE]
 
 # ---- what competes ----
 counts = dict.fromkeys(("prompts", "pairs", "unfinished", "too_long", "empty", "fewer_than_two", "identical", "tied", "url"), 0)

@@ -9,6 +9,7 @@ the same command goes on from the last one, on any number of processes.
 """
 import contextlib
 import ctypes
+import datetime
 import glob
 import importlib
 import inspect
@@ -63,7 +64,7 @@ lora_rank = 0                           # above 0: train LoRA adapters of that r
 lora_alpha = 16.0                       # the adapter counts lora_alpha / lora_rank
 checkpoint_every = 50                   # steps from checkpoint to checkpoint, each 12 bytes a parameter; 0: none
 keep_checkpoints = 2                    # how many; the newest may be broken by what ended the run
-reference_cache = ""                    # file of reference log-probs, made or reused (safetensors); empty: one in out
+reference_cache = ""                    # file of reference log-probs, made or reused; empty: reference.logps in out
 wandb = False                           # log to Weights & Biases too, where that package is installed
 tensorboard = False                     # the same for TensorBoard, in out/tensorboard
 config = configure(globals())
@@ -93,16 +94,21 @@ from safetensors.torch import save_file
 import losses
 from policy import build_policy, flops, load_weights, matmul_rate, pack, save_policy
 
+loss in losses.OBJECTIVES or sys.exit(f"--loss={loss}: there are {', '.join(losses.OBJECTIVES)}")
+signature = inspect.signature(losses.OBJECTIVES[loss]).parameters
+carried = [c for c in ("z", "q_w", "q_l", "g_w", "g_l") if all(isinstance(r.get(c), (int, float)) for r in records)]
+if "z" in carried and not soft_labels and "z" not in signature:
+    carried.remove("z")                                                 # hard labels
+soft_labels and "z" not in carried and sys.exit(f"--soft_labels=True: not every pair of {pairs} carries z, the label")
+
 device = pick_device()
 if device.type == "cpu":
     with contextlib.suppress(AttributeError, OSError):                  # glibc gives large tensors back to the system, and fresh pages are slow
         for option in (-1, -3):                                         # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: a fifth of the time
             ctypes.CDLL(None).mallopt(option, 2**30)
-backend = "nccl" if device.type == "cuda" else "gloo"
-if "RANK" in os.environ:
-    dist.init_process_group(backend)
-else:                                                                   # started by python: a world of one, no ports
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}              # started by python: no ports
+patience = datetime.timedelta(hours=2)                                  # while rank 0 writes a large model
+dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience, **alone)
 shape, names = ((WORLD_SIZE // shard_size, shard_size), ("replicate", "shard")) if shard_size else ((WORLD_SIZE,), ("shard",))
 mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
 
@@ -135,19 +141,13 @@ for _ in range(epochs):
     steps += plan(lengths, order, batch_size, WORLD_SIZE, tokens_per_microbatch)
 steps = steps[:max_steps] if max_steps else steps
 first_epoch = [groups for rounds in steps[:-(-len(records) // batch_size)] for groups in rounds]
-loss in losses.OBJECTIVES or sys.exit(f"--loss={loss}: there are {', '.join(losses.OBJECTIVES)}")
-signature = inspect.signature(losses.OBJECTIVES[loss]).parameters
-carried = [c for c in ("z", "q_w", "q_l", "g_w", "g_l") if all(isinstance(r.get(c), (int, float)) for r in records)]
-if "z" in carried and not soft_labels and "z" not in signature:
-    carried.remove("z")                                                 # hard labels
-soft_labels and "z" not in carried and sys.exit(f"--soft_labels=True: not every pair of {pairs} carries z, the label")
 
 
 def forward(group):
     """Summed log-probs of chosen and rejected of the pairs with these indices, (B,) each, and the share of padding."""
-    row, lengths, padding = pack([records[i] for i in group], policy.kernel)
+    row, responses, padding = pack([records[i] for i in group], policy.kernel)
     logp = policy(**row)                                                                                     # (N,)
-    sums = torch.segment_reduce(logp, "sum", lengths=lengths.to(device), unsafe=True) if group else logp     # (2B,)
+    sums = torch.segment_reduce(logp, "sum", lengths=responses.to(device), unsafe=True) if group else logp   # (2B,)
     return *sums.view(-1, 2).unbind(1), padding
 
 
@@ -162,7 +162,7 @@ def margins(group, logp_w, logp_l):
 
 # ---- reference log-probabilities: the policy itself, same code and layout, before its first step; kept in a file ----
 work = out + ".tmp"
-cache, began = reference_cache or os.path.join(work, "reference.safetensors"), time.time()
+cache, began = reference_cache or os.path.join(work, "reference.logps"), time.time()
 for folder in (work, os.path.dirname(cache) or "."):
     os.makedirs(folder, exist_ok=True)
 made_from = json.dumps([manifest["inputs"], dtype, max_length, manifest["versions"]], sort_keys=True)
@@ -173,9 +173,12 @@ if os.path.exists(cache):
         if (f.metadata() or {}).get("made_from") == made_from:
             kept = f.get_tensor("reference").to(device)
             cached = bool(kept[needed].all())                           # 0 stands for what has not been computed
-    reference = kept if cached else reference
     cached or say(f"{cache}: not whole, or made by another model, dtype or version, or for other pairs; computed again")
-if not cached:
+verdict = torch.tensor(int(cached), device=device)
+dist.all_reduce(verdict, dist.ReduceOp.MIN)                             # all or none: another run may be writing the file
+if verdict:
+    reference, source = kept, f"from {cache}"
+else:
     with torch.no_grad():
         for groups in first_epoch:
             logp_w, logp_l, _ = forward(groups[RANK])
@@ -183,13 +186,14 @@ if not cached:
     policy.reshard()                                                    # without gradient the root stays gathered, and would not move
     dist.all_reduce(reference)                                          # each process filled the rows of its own pairs
     if RANK == 0:
-        save_file({"reference": reference.cpu()}, cache + ".tmp", {"made_from": made_from})
-        os.replace(cache + ".tmp", cache)
-seconds, peak = time.time() - began, matmul_rate(8192 if device.type == "cuda" else 1536, device, precision)
+        save_file({"reference": reference.cpu()}, f"{cache}.{os.getpid()}", {"made_from": made_from})
+        os.replace(f"{cache}.{os.getpid()}", cache)
+    source = f"in {time.time() - began:.1f} s"
+peak = matmul_rate(8192 if device.type == "cuda" else 1536, device, precision)
 terms = ", ".join(f"{k}={config[k]}" for k, p in signature.items() if p.kind is p.KEYWORD_ONLY)
 say(f"loss {loss}({terms}), {len(records)} pairs, {len(steps)} steps, {sum(p.numel() for p in trained.values()) / 1e6:.2f}M parameters to train\n"
     f"{WORLD_SIZE} x {device.type}, attention {policy.kernel}, matrix products {peak / 1e12:.2f} TFLOP/s in {dtype} (measured; what MFU refers to)\n"
-    f"reference log-probs {f'from {cache}' if cached else f'in {seconds:.1f} s'}")
+    f"reference log-probs {source}")
 
 try:                                                                    # what the first loss has to be: policy = reference
     expected = sum(losses.pair_loss(loss, margins(g, *reference[g].unbind(1)), **config).sum().item() for groups in steps[0] for g in groups if g)
@@ -239,7 +243,7 @@ def resume():
 
 
 # ---- schedule and logs ----
-rising = math.ceil(warmup * len(steps))
+rising = math.ceil(warmup * len(steps)) if len(steps) > 1 else 0        # a single step at rate 0 would train nothing
 
 
 def lr_at(step):
@@ -285,20 +289,20 @@ for step, rounds in enumerate(steps[start:], start):
             sums[:-1] += torch.stack([per_pair, m["nll"], beta * m["r_w"], beta * m["r_l"], (m["s"] > 0).float(), m["s_theta"],
                                       m["s_ref"], logp_w, logp_l, m["len_w"], m["len_l"]]).sum(1)
             sums[-1] += padding * len(batch) / (WORLD_SIZE * len(rounds))
+    dist.all_reduce(sums)
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step)
     norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip).full_tensor().item()
+    r = {"step": step, "lr": lr_at(step), **dict(zip((*NAMES, "padding"), (sums / len(batch)).tolist())), "grad_norm": norm}
+    if step == 0 and not abs(r["loss"] - expected) <= (1e-3 if dtype == "float32" else 2e-2) * max(1, abs(expected)):
+        sys.exit(f"--loss={loss}: the first loss is {r['loss']:.6f}, but with policy = reference it has to be {expected:.6f}: "
+                 "the policy does not compute the same twice (dropout? a kernel that is not deterministic? a wrong --reference_cache?)")
+    math.isfinite(r["loss"] + norm) or sys.exit(f"step {step + 1}: the loss is {r['loss']}, the gradient's norm {norm}: lower --lr, or look at its pairs")
     optimizer.step()
     optimizer.zero_grad()
-    dist.all_reduce(sums)
-    r = {"step": step, "lr": lr_at(step), **dict(zip((*NAMES, "padding"), (sums / len(batch)).tolist())), "grad_norm": norm}
     seconds, tokens = time.time() - began, sum(lengths[i] for i in batch)
     r |= {"pairs": len(batch), "tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds, "memory_gib": peak_memory(),
           "mfu": flops(policy, [records[i] for i in batch]) / seconds / (peak * WORLD_SIZE)}
-    if step == 0 and not abs(r["loss"] - expected) <= (1e-3 if dtype == "float32" else 2e-2) * max(1, abs(expected)):
-        sys.exit(f"--loss={loss}: the first loss is {r['loss']:.6f}, but with policy = reference it has to be {expected:.6f}: "
-                 "the policy does not compute the same twice (dropout? a kernel that is not deterministic?)")
-    math.isfinite(r["loss"] + norm) or sys.exit(f"step {step + 1}: the loss is {r['loss']}, the gradient's norm {norm}: lower --lr, or look at its pairs")
     for log in logs:
         log(r)
     say(f"step {step + 1:4d}/{len(steps)}  loss {r['loss']:.4f}  nll {r['nll']:.3f}  acc {r['accuracy']:.2f}  rewards {r['reward_chosen']:+.3f} "

@@ -152,9 +152,9 @@ if __name__ == "__main__":
     else:
         given = dict(a.lstrip("-").split("=") for a in sys.argv[1:])
         rounds = int(given.get("rounds", 2))
-        compare("cpu", CPU, int(given.get("pairs", 32)), rounds, [(f"{who} {dtype}", side, dtype) for dtype in ("float32", "bfloat16") for who, side in (("ours", ours), ("TRL", theirs))])
+        compare("cpu", CPU, int(given.get("pairs", 24)), rounds, [(f"{who} {dtype}", side, dtype) for dtype in ("float32", "bfloat16") for who, side in (("ours", ours), ("TRL", theirs))])
         import torch
         if not torch.cuda.is_available():
             print("no CUDA device: the GPU half was not run")
             sys.exit(0)
-        compare("cuda", GPU, 8 * int(given.get("pairs", 32)), rounds, [("ours bfloat16", ours, "bfloat16"), ("TRL bfloat16", theirs, "bfloat16")])
+        compare("cuda", GPU, 8 * int(given.get("pairs", 24)), rounds, [("ours bfloat16", ours, "bfloat16"), ("TRL bfloat16", theirs, "bfloat16")])

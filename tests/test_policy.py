@@ -172,6 +172,13 @@ def test_packed_gradients_equal_those_of_plain_transformers(architecture, recomp
         assert p.grad.norm() > 0 and (ours[name] - p.grad).norm() < 1e-4 * p.grad.norm(), name
 
 
+def test_layers_that_would_mix_the_sequences_of_a_row_are_refused(mesh, tmp_path):
+    model = build_model(tmp_path / "model", "Lfm2", layer_types=["conv", "full_attention"])
+    with pytest.raises(SystemExit) as end:
+        build(model, mesh)
+    assert "Lfm2ForCausalLM is not supported (['conv']" in str(end.value)
+
+
 # ---------------------------------------------------------------------------------------------- one kernel against the other
 
 

@@ -176,7 +176,7 @@ def test_records_keep_ids_as_numbers_of_four_bytes_and_no_text(tiny_model, tmp_p
 def test_logged_log_probs_are_those_of_plain_transformers(pairs, tmp_path):
     model = build_model(tmp_path / "model", "Gemma2", final_logit_softcapping=3.0, attn_logit_softcapping=2.0, query_pre_attn_scalar=8,
                         sliding_window=16, tie_word_embeddings=True)
-    logged, weights = train(tmp_path / "out", model=model, pairs=pairs, batch_size=7, max_steps=1, tokens_per_microbatch=200)
+    logged, weights = train(tmp_path / "out", model=model, pairs=pairs, batch_size=7, max_steps=1, tokens_per_microbatch=200, lr=0.0)
     tokenizer, ends = data.load_tokenizer(model)
     records, _ = data.read_pairs(pairs, tokenizer, ends, 2560)
     lm, sums = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager"), {}
@@ -186,7 +186,7 @@ def test_logged_log_probs_are_those_of_plain_transformers(pairs, tmp_path):
             logp = lm(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1].log_softmax(-1)
             sums[name] = sums.get(name, 0) + logp.gather(-1, torch.tensor(response)[:, None]).sum().item() / len(records)
     assert [logged[0]["logp_chosen"], logged[0]["logp_rejected"]] == pytest.approx([sums["chosen"], sums["rejected"]], rel=1e-6, abs=1e-5)
-    assert apart(weights, load_file(model / "model.safetensors")) == 0  # the warm-up's first step has rate 0: what is saved is what was loaded
+    assert apart(weights, load_file(model / "model.safetensors")) == 0  # what is saved is what was loaded
 
 
 def test_every_record_counts_its_tokens_padding_memory_and_flops(tiny_model, pairs, plain_run):
@@ -548,7 +548,7 @@ def test_without_checkpoints_a_run_starts_over_with_other_settings(long, tmp_pat
 
 def test_kept_reference_log_probs_are_those_that_would_be_computed(plain_run, tmp_path):
     out, settings, *_ = plain_run
-    cache, weights = out / "reference.safetensors", {}
+    cache, weights = out / "reference.logps", {}
     for name, more in (("cached", {"reference_cache": cache}), ("computed", {})):
         done = start(tmp_path / name, **settings, beta=0.3, **more)
         assert done.returncode == 0 and (f"reference log-probs from {cache}\n" in done.stdout) is (name == "cached"), done.stdout + done.stderr
@@ -558,10 +558,16 @@ def test_kept_reference_log_probs_are_those_that_would_be_computed(plain_run, tm
 
 def test_reference_log_probs_of_another_dtype_or_of_other_pairs_are_computed_again(plain_run, tmp_path):
     out, settings, *_ = plain_run
-    cache = tmp_path / "reference.safetensors"
+    cache = tmp_path / "reference.logps"
     shutil.copy(out / cache.name, cache)
     write_pairs(tmp_path / "pairs.jsonl", 7, seed=5)
     for name, more in (("dtype", {"dtype": "bfloat16"}), ("pairs", {"pairs": tmp_path / "pairs.jsonl"})):
         before, done = cache.read_bytes(), start(tmp_path / name, **settings | more, reference_cache=cache, max_steps=1)
         assert f"{cache}: not whole, or made by another model, dtype or version, or for other pairs; computed again" in done.stdout, done.stdout + done.stderr
         assert done.returncode == 0 and "reference log-probs in " in done.stdout and cache.read_bytes() != before
+
+
+def test_a_run_of_a_single_step_trains_and_its_folder_holds_no_weights_but_the_models(tiny_model, pairs, tmp_path):
+    logged, weights = train(tmp_path / "out", model=tiny_model, pairs=pairs, batch_size=7, lr=1e-3)
+    assert len(logged) == 1 and apart(weights, load_file(tiny_model / "model.safetensors")) > 1e-4
+    assert [f.name for f in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]           # vLLM reads them all
