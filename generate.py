@@ -171,7 +171,7 @@ def main():
         random.Random(seed).shuffle(pool)
         first = max(iteration - 1, 0) * n_prompts
         pool = [pool[k % len(pool)] for k in range(first, first + min(n_prompts, len(pool)))]
-    counts["prompts"], rows = len(pool)(pool)
+    counts["prompts"], rows = len(pool), pool[RANK::WORLD_SIZE]
 
     found = importlib.util.find_spec("vllm") is not None
     engines = {"vllm": vllm_engine, "transformers": transformers_engine, "auto": vllm_engine if found else transformers_engine}

@@ -101,9 +101,9 @@ def test_what_is_sampled_is_what_is_trained(finished):
     assert counts["pairs"] == len(pairs) > 20
     for pair in pairs:
         source = candidates[pair["id"]]
-        assert pair["prompt_ids"] == source["prompt_ids"] == data.render(tokenizer, pair["prompt"], "here")
+        assert pair["prompt_ids"].tolist() == source["prompt_ids"] == data.render(tokenizer, source["prompt"], "here")
         sampled = [r["ids"] for r in source["responses"]]
-        assert pair["chosen_ids"] in sampled and pair["rejected_ids"] in sampled
+        assert pair["chosen_ids"].tolist() in sampled and pair["rejected_ids"].tolist() in sampled
     responses = [r for row in candidates.values() for r in row["responses"]]
     assert {r["finished"] for r in responses} == {True, False}          # 24 tokens cut some
     for r in responses:
