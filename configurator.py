@@ -11,7 +11,6 @@ import ast
 import difflib
 import glob
 import os
-import re
 import shlex
 import sys
 

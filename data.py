@@ -132,7 +132,7 @@ def fingerprint(path):
     if not os.path.exists(path) and not glob.glob(path) and not glob.glob(os.path.splitext(path)[0] + "-*-of-*"):
         return path
     names = files(path) if not os.path.isdir(path) else sorted(
-        f for f in glob.glob(os.path.join(path, "*")) if os.path.isfile(f) and not f.endswith(("manifest.json", "metrics.jsonl")))
+        f for f in glob.glob(os.path.join(path, "*")) if os.path.isfile(f) and not f.endswith(("manifest.json", "metrics.jsonl", ".logps")))
     digest = hashlib.sha256()
     for name in names:
         size = os.path.getsize(name)

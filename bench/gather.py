@@ -5,9 +5,9 @@
 On a CPU in float32, the memory read as the process's high-water mark in a process of its own; with a CUDA GPU in bfloat16,
 against Liger's fused linear cross-entropy too where it is installed (its loss sums over tokens: one weight for all, as in SFT).
 """
+import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -95,4 +95,4 @@ if __name__ == "__main__":
     if not torch.cuda.is_available():
         print("no CUDA device: the GPU half was not run")
         sys.exit(0)
-    main("cuda", torch.bfloat16, (ours, naive, liger))
+    main("cuda", torch.bfloat16, (ours, naive, liger) if importlib.util.find_spec("liger_kernel") else (ours, naive))

@@ -571,3 +571,6 @@ def test_a_run_of_a_single_step_trains_and_its_folder_holds_no_weights_but_the_m
     logged, weights = train(tmp_path / "out", model=tiny_model, pairs=pairs, batch_size=7, lr=1e-3)
     assert len(logged) == 1 and apart(weights, load_file(tiny_model / "model.safetensors")) > 1e-4
     assert [f.name for f in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]           # vLLM reads them all
+    whole = data.fingerprint(str(tmp_path / "out"))
+    (tmp_path / "out" / "reference.logps").unlink()                     # no part of the model that the next stage reads
+    assert data.fingerprint(str(tmp_path / "out")) == whole
