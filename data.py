@@ -8,9 +8,13 @@ Records are JSON objects, one per line; unknown fields travel along; ids join re
                  rejected_ids, z (log-odds that chosen beats rejected), scores, and q_w, q_l, g_w, g_l (losses.py)
 
 Tokens in, tokens out: a prompt is rendered once, to ids; the engine returns ids; training sees exactly those, with the
-end token if and only if the model produced it. `answer` is a number (the last number of a response must equal it), a
-text (it must stand in the response as a whole word), or {"accept": [...], "among": regex, "count": k}: of all statements
-that match `among`, at least k distinct ones, and every one of them in `accept`.
+end token if and only if the model produced it.
+
+`answer` is what a right response has to say. A number must equal the first number behind the last "####", "\\boxed{", "answer:" or
+"answer is" that has one behind it, or the last number before such marks (1,234.0 is 1234); a choice of one capital letter
+likewise, the words A and I aside; any other text must stand behind the first mark, or anywhere without one, as whole words,
+upper or lower case. {"accept": [...], "among": regex, "count": k}: of all statements in the response that match `among`, at
+least k distinct ones, and every one of them in `accept`.
 
 Nothing heavy is imported here, so that a stage which is already done costs a tenth of a second.
 """
@@ -28,6 +32,8 @@ import sys
 from configurator import FREE
 
 DTYPES = ("bfloat16", "float32")
+NUMBER = r"(?:(?<!\w)-)?(?:\d+(?:\.\d+)?|\.\d+)"
+CHOICE = r"(?<![\w'])(?:[B-HJ-Z]|[AI](?! [a-z]))(?![\w'])"        # not the words A and I
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 # ---------------------------------------------------------------------------------------------- files
@@ -243,11 +249,14 @@ def is_right(text, answer):
     if isinstance(answer, dict):
         stated = set(re.findall(answer["among"], text.lower()))
         return len(stated) >= answer.get("count", 1) and stated <= set(answer["accept"])
-    number = r"-?\d+(?:\.\d+)?"
-    if re.fullmatch(number, str(answer).replace(",", "")):
-        stated = re.findall(number, re.sub(r"(?<=\d),(?=\d{3})", "", text))
-        return bool(stated) and float(stated[-1]) == float(str(answer).replace(",", ""))
-    return re.search(rf"(?<!\w){re.escape(str(answer))}(?!\w)", text, re.IGNORECASE) is not None
+    answer = str(answer).strip()
+    parts = re.split(r"####|\\boxed\{|\b(?i:answer)\b[*\s]*(?::|is\b)", text)
+    for pattern, value in ((NUMBER, lambda s: float(re.sub(r"(?<=\d),(?=\d{3})", "", s))), (CHOICE, str)):
+        if re.fullmatch(pattern, answer.replace(",", "")):
+            found = [re.findall(pattern, re.sub(r"(?<=\d),(?=\d{3})", "", part)) for part in parts]
+            stated = next((f[0] for f in reversed(found[1:]) if f), found[0][-1] if found[0] else None)
+            return stated is not None and value(stated) == value(answer)
+    return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", " ".join(parts[1:]) or text, re.IGNORECASE) is not None
 
 
 def derive_seed(*parts):
@@ -261,14 +270,14 @@ def derive_seed(*parts):
 # ---------------------------------------------------------------------------------------------- text to ids
 
 
-def load_tokenizer(model):
+def load_tokenizer(model, setting="model"):
     """(tokenizer, ids that end a turn) of a chat model; ends the program if it cannot be loaded or has no template."""
     from transformers import AutoTokenizer, GenerationConfig
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, mistral_format=False)     # vllm brings mistral_common, which has no template
     except (OSError, ValueError) as e:
-        sys.exit(f"--model={model}: no model folder and no hub model that can be loaded ({str(e).strip().splitlines()[0]})")
-    tokenizer.chat_template or sys.exit(f"--model={model}: its tokenizer has no chat template; take the instruction-tuned model")
+        sys.exit(f"--{setting}={model}: no model folder and no hub model that can be loaded ({str(e).strip().splitlines()[0]})")
+    tokenizer.chat_template or sys.exit(f"--{setting}={model}: its tokenizer has no chat template; take the instruction-tuned model")
     ends = {tokenizer.eos_token_id}
     with contextlib.suppress(OSError):                                  # Gemma and Llama 3 end turns with a token of their own
         eos = GenerationConfig.from_pretrained(model).eos_token_id
@@ -289,17 +298,24 @@ def encode(tokenizer, text, control):
     return [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False).input_ids]
 
 
-def render(tokenizer, messages, place):
-    """Prompt ids of a conversation, up to and with the mark that opens the assistant's turn; no second BOS.
+def render(tokenizer, messages, place, control=None, opens=True):
+    """Ids of a conversation, with the mark that opens the assistant's turn unless `opens` is false; no second BOS.
 
+    Text that spells a control token becomes that token, so prompts with such text are dropped before; with the pattern
+    `control` it stays text: the message enters the template as a stand-in, and its ids take the stand-in's place.
     Ends the program, naming the place, if the model's template refuses it (Gemma-2: a system message).
     """
     from jinja2 import TemplateError
+    name = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
+    shown = [m | {"content": f"{name}{k}."} if control and control.search(m["content"]) else m for k, m in enumerate(messages)]
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(shown, add_generation_prompt=opens, tokenize=False)
     except TemplateError as e:
         sys.exit(f"{place}: this model's chat template refuses the prompt: {e}")
-    return tokenizer(text, add_special_tokens=False).input_ids
+    ids = []
+    for n, piece in enumerate(re.split(rf"{name}(\d+)\.", text)):      # template, number, template, number, ...
+        ids += encode(tokenizer, messages[int(piece)]["content"], control) if n % 2 else tokenizer(piece, add_special_tokens=False).input_ids
+    return ids
 
 
 def render_response(tokenizer, ends, control, prompt, prompt_ids, response):
@@ -351,6 +367,15 @@ def read_pairs(path, tokenizer, ends, max_length):
     counts["pairs"] = len(pairs)
     pairs or sys.exit(f"{path}: no pair is left to train on ({', '.join(f'{v} {k}' for k, v in counts.items())})")
     return pairs, counts
+
+
+def by_length(lengths, budget):
+    """Yield lists of indices, longest first, so that a list padded to its longest takes `budget` tokens at most (or is one alone)."""
+    order, at = sorted(range(len(lengths)), key=lambda i: -lengths[i]), 0
+    while at < len(order):
+        batch = order[at:at + max(1, budget // lengths[order[at]])]
+        yield batch
+        at += len(batch)
 
 
 def plan(lengths, order, batch_size, world_size, budget):

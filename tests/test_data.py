@@ -90,6 +90,8 @@ def test_a_hub_dataset_is_named_with_its_split(tmp_path):
 @pytest.mark.parametrize("text, answer, right", [
     ("It is 12.", 12, True), ("7 plus 5 is 12", "12", True), ("12, no, 13", "12", False), ("1,200 apples", "1200", True), ("-3", -3, True), ("none", 3, False),
     ("The answer is Paris.", "paris", True), ("Parisian", "Paris", False), ("(B)", "B", True),
+    ("I would say B, but I am not sure.", "B", True), ("A good question: it is C", "C", True), ("The answer is 42. I hope this answer is clear.", 42, True),
+    ("It is .5", 0.5, True), ("10-2 is 8", 8, True), ("so 10-2", -2, False), ("The answer is Paris. Is the answer: Rome?", "Paris", True),
     ("cold. Again, it is cold.", {"accept": ["cold"], "among": r"\b(?:cold|hot|wet)\b"}, True),
     ("cold. Again, it is wet.", {"accept": ["cold"], "among": r"\b(?:cold|hot|wet)\b"}, False),
     ("Sure!", {"accept": ["cold"], "among": r"\b(?:cold|hot|wet)\b"}, False),

@@ -1,0 +1,236 @@
+"""Everything that writes text: engines that sample from a model here, and endpoints that are asked over the network.
+
+    sample = load_engine("auto", model, ends, longest, settings)
+    responses = sample(requests, n_responses=5, temperature=0.4, top_k=50, top_p=1.0, max_new_tokens=2048)
+
+A request is (prompt ids, seed); it gets a list of n_responses tuples (ids, finished, log-prob in nats under the untempered model).
+
+    replies = ask(questions, "pairs.jsonl", endpoint("https://api.openai.com/v1", 16))
+
+A question is a JSON object with model, messages, temperature, max_tokens, and whatever else tells it from the others; its reply is text.
+"""
+import concurrent.futures
+import glob
+import hashlib
+import importlib.util
+import inspect
+import json
+import os
+import sys
+
+from tqdm import tqdm
+
+from data import control_text, derive_seed, load_tokenizer, pick_device, render, shard
+
+
+def vllm_engine(model, ends, longest, *, dtype, seed, tensor_parallel, gpu_memory):
+    """vLLM, all requests in one call."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"                  # the engine lives and dies with this process
+    first = int(os.environ.get("LOCAL_RANK", 0)) * tensor_parallel      # each process of a node has GPUs of its own
+    visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(64)))).split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[first:first + tensor_parallel])
+    for name in ("TORCHELASTIC_USE_AGENT_STORE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)                                      # torchrun's world is not the engine's
+    import torch
+    if torch.version.cuda and torch.cuda.device_count() != tensor_parallel:
+        sys.exit(f"--tensor_parallel={tensor_parallel}: process {first // tensor_parallel} finds {torch.cuda.device_count()} GPUs; start fewer engines")
+    from vllm import LLM, SamplingParams
+    # On a CPU: compiling takes longer than a small model samples, and a prompt prefilled in parts loses the seed of its
+    # request ("CPU Generator does not use offset", vLLM 0.32), so every prompt is prefilled whole.
+    cpu = {"kv_cache_memory_bytes": 2 * 2**30, "enforce_eager": True, "enable_chunked_prefill": False,
+           "max_num_batched_tokens": max(8192, longest)}
+    gpu = {"gpu_memory_utilization": gpu_memory}
+    llm = LLM(model, dtype=dtype, seed=seed, max_model_len=longest, enable_prefix_caching=True,
+              tensor_parallel_size=tensor_parallel, **(gpu if torch.cuda.is_available() else cpu))
+
+    def sample(requests, *, n_responses, temperature, top_k, top_p, max_new_tokens):
+        settings = [SamplingParams(n=n_responses, temperature=temperature, top_k=top_k or -1, top_p=top_p, max_tokens=max_new_tokens,
+                                   seed=s, logprobs=0, stop_token_ids=sorted(ends), detokenize=False) for _, s in requests]
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids, _ in requests], settings)
+        return [[(list(o.token_ids), o.finish_reason == "stop", o.cumulative_logprob) for o in output.outputs] for output in outputs]
+
+    return sample
+
+
+def transformers_engine(model, ends, longest, *, dtype, generate_rows):
+    """transformers' generate, any device: rows of similar length together, finished rows dropped on the way."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, StoppingCriteria
+    device = pick_device()
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device).eval()
+    policy.generation_config = GenerationConfig()                       # else its own penalties would enter what is left unset
+    end = torch.tensor(sorted(ends), device=device)
+
+    class LogProbs(LogitsProcessor):
+        """Runs before temperature and top-k: keeps log p(token) of the token that the step before sampled."""
+
+        def __init__(self):
+            self.before, self.steps = None, []
+
+        def __call__(self, ids, logits):
+            self.add(ids)
+            self.before = logits.float().log_softmax(-1)                                                     # (B, V)
+            return logits
+
+        def add(self, ids):
+            if self.before is not None:
+                self.steps.append(self.before.gather(1, ids[:, -1:]))                                        # (B, 1)
+
+    class MostAreDone(StoppingCriteria):
+        """Stops once half of the rows have ended, so that the other half goes on in a smaller batch."""
+
+        def __init__(self, rows):
+            self.done = torch.zeros(rows, dtype=torch.bool, device=device)
+
+        def __call__(self, ids, scores, **_):
+            self.done |= torch.isin(ids[:, -1], end)
+            return self.done | (self.done.float().mean() > 0.5)
+
+    def sample_rows(rows, temperature, top_k, top_p, max_new_tokens):
+        """rows of prompt ids -> (ids, finished, log-prob) of one response each."""
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(r)) + r for r in rows], device=device)                        # (B, L), padded left
+        mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
+        going, cache, results, logp = torch.arange(len(rows)), None, [None] * len(rows), torch.zeros(len(rows))
+        while len(going):
+            logprobs, criterion = LogProbs(), MostAreDone(len(going))
+            asked = GenerationConfig(max_length=width + max_new_tokens, do_sample=temperature > 0, temperature=temperature or None,
+                                     top_k=top_k, top_p=top_p, eos_token_id=sorted(ends), pad_token_id=min(ends), return_dict_in_generate=True)
+            start = ids.shape[1]
+            output = policy.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=asked,
+                                     logits_processor=[logprobs], stopping_criteria=[criterion])
+            ids, cache = output.sequences, output.past_key_values
+            logprobs.add(ids)
+            steps = torch.cat(logprobs.steps, 1)                                                             # (B, new)
+            ended = torch.isin(ids[:, start:], end)
+            steps = steps * (ended.cumsum(1) - ended.long() == 0)       # nothing counts after the end token
+            logp[going] += steps.sum(1).cpu()
+            done = ended.any(1) | (ids.shape[1] >= width + max_new_tokens)
+            for b in done.nonzero()[:, 0].tolist():
+                response = ids[b, width:].tolist()
+                stop = next((k for k, token in enumerate(response) if token in ends), None)
+                r = int(going[b])
+                results[r] = (response if stop is None else response[:stop + 1], stop is not None, float(logp[r]))
+            keep = (~done).nonzero()[:, 0]
+            going, ids = going[keep.cpu()], ids[keep]
+            mask = torch.cat([mask[keep], mask.new_ones(len(keep), ids.shape[1] - mask.shape[1])], 1)
+            if len(keep):
+                cache.batch_select_indices(keep)
+        return results
+
+    @torch.inference_mode()
+    def sample(requests, *, n_responses, **sampling):
+        order = sorted(range(len(requests)), key=lambda r: len(requests[r][0]))
+        results, size = [None] * len(requests), max(1, generate_rows // n_responses)
+        with tqdm(total=len(order) * n_responses, desc="generate", unit="resp") as bar:
+            for a in range(0, len(order), size):
+                batch = order[a:a + size]
+                torch.manual_seed(derive_seed(*(requests[r][1] for r in batch)))
+                rows = sample_rows([requests[r][0] for r in batch for _ in range(n_responses)], **sampling)
+                for k, r in enumerate(batch):
+                    results[r] = rows[k * n_responses:(k + 1) * n_responses]
+                bar.update(len(rows))
+        return results
+
+    return sample
+
+
+def load_engine(engine, model, ends, longest, settings):
+    """An engine's `sample`; longest: tokens of the longest prompt and response together; settings: those of the script.
+
+    engine: vllm, transformers, or auto, which is vllm where it is installed. Each takes the settings that its signature names.
+    """
+    found = importlib.util.find_spec("vllm") is not None
+    engines = {"vllm": vllm_engine, "transformers": transformers_engine, "auto": vllm_engine if found else transformers_engine}
+    engine in engines or sys.exit(f"--engine={engine}: there are {', '.join(engines)}")
+    start = engines[engine]
+    found or start is transformers_engine or sys.exit("--engine=vllm: vllm is not installed; `make vllm` or --engine=transformers")
+    return start(model, ends, longest, **{k: settings[k] for k in inspect.getfullargspec(start).kwonlyargs})
+
+
+def endpoint(url, concurrency):
+    """A way to answer questions: any OpenAI-compatible endpoint, `concurrency` requests at a time, the key from OPENAI_API_KEY.
+
+    The client repeats what fails in passing (no connection, 429, 5xx) for about two minutes. When it gives up the program ends,
+    after the requests already under way have come back: what is paid for is kept.
+    """
+    from openai import OpenAI, OpenAIError
+    key = os.environ.get("OPENAI_API_KEY") or "none"
+    client = OpenAI(base_url=url, api_key=key, max_retries=20, timeout=300)
+
+    def one(question):
+        text = client.chat.completions.with_raw_response.create(**{k: question[k] for k in ("model", "messages", "temperature", "max_tokens")}).http_response.text
+        try:
+            body = json.loads(text)
+            return {"reply": "" + (body["choices"][0]["message"]["content"] or ""), "usage": {**(body.get("usage") or {})}}
+        except (ValueError, LookupError, TypeError):                    # status 200 and no answer in it: kept, and unreadable
+            return {"reply": text[:1000], "usage": None}
+
+    def answer(questions):
+        with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
+            waiting, error = {pool.submit(one, q): n for n, q in enumerate(questions)}, None
+            for future in concurrent.futures.as_completed(waiting):
+                try:
+                    yield [(waiting[future], future.result())]
+                except concurrent.futures.CancelledError:
+                    continue
+                except OpenAIError as e:
+                    error = e
+                    for other in waiting:
+                        other.cancel()
+            error is None or sys.exit(f"{url}: {type(error).__name__}: {str(error).replace(key, '***')[:300]}; "
+                                      "the replies that came are kept, the same command asks for the rest")
+
+    return answer
+
+
+def local_model(engine, model, settings):
+    """The same by an engine of this process, 512 questions at a time, so that a kill costs no more than those."""
+    def answer(questions):
+        tokenizer, ends = load_tokenizer(model, "ranker_model")
+        control = control_text(tokenizer)
+        ids = [render(tokenizer, q["messages"], model, control) for q in questions]
+        sample = load_engine(engine, model, ends, max(len(i) + q["max_tokens"] for i, q in zip(ids, questions)), settings)
+        for start in range(0, len(questions), 512):
+            block = range(start, min(start + 512, len(questions)))
+            first = questions[start]
+            sampled = sample([(ids[n], derive_seed(settings["seed"], questions[n])) for n in block], n_responses=1, temperature=first["temperature"],
+                             top_k=0, top_p=1.0, max_new_tokens=first["max_tokens"])
+            yield [(n, {"reply": tokenizer.decode(response[0][0], skip_special_tokens=True),
+                        "usage": {"prompt_tokens": len(ids[n]), "completion_tokens": len(response[0][0])}}) for n, response in zip(block, sampled)]
+
+    return answer
+
+
+def ask(questions, out, answer):
+    """Texts of the replies to `questions`, in their order. Each is kept in NAME.replies.jsonl beside `out` the moment it comes, as it came.
+
+    answer(questions) yields lists of (index, {reply, usage}) in any order. A question whose reply an earlier run has left is not
+    asked again, nor is the same question twice.
+    """
+    path = os.path.splitext(shard(out))[0] + ".replies.jsonl"
+    keys, kept = [hashlib.sha256(json.dumps(q, sort_keys=True).encode()).hexdigest() for q in questions], {}
+    for file in glob.glob(glob.escape(os.path.splitext(out)[0]) + "*.replies.jsonl"):                         # those of other processes too
+        with open(file, encoding="utf-8") as f:
+            for line in f:
+                if line.endswith("\n"):                                 # a kill may have cut the last one
+                    reply = json.loads(line)
+                    kept[reply["key"]] = reply
+    missing = {key: q for key, q in zip(keys, questions) if key not in kept}
+    if missing:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        names, before = list(missing), len(kept)
+        with open(path, "ab+") as f, tqdm(total=len(missing), desc="ask", unit="reply") as bar:
+            f.seek(0)
+            f.truncate(f.read().rfind(b"\n") + 1)
+            for batch in answer(list(missing.values())):
+                lines = [{"key": names[n], "about": missing[names[n]].get("about"), **reply} for n, reply in batch]
+                f.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+                f.flush()
+                os.fsync(f.fileno())
+                kept |= {line["key"]: line for line in lines}
+                bar.update(len(batch))
+        usage = [kept[name]["usage"] or {} for name in names]
+        print(f"{len(missing)} questions asked, {before} replies were kept; {sum(u.get('prompt_tokens', 0) for u in usage)} tokens read,",
+              f"{sum(u.get('completion_tokens', 0) for u in usage)} written -> {path}")
+    return [kept[key]["reply"] for key in keys]
