@@ -5,6 +5,7 @@
 Answers are candidates files (generate.py --n_responses=1); the first response of each prompt counts. Prompts are joined by id.
 Where prompts carry `answer`, the share of right answers is the truth that the judge does not see.
 """
+import collections
 import math
 import sys
 from statistics import fmean as mean
@@ -16,12 +17,14 @@ from data import begin, is_right, manifest_of, read, write_json
 answers = ""                            # answers to evaluate (candidates file)
 baseline = ""                           # answers to compare with; in the loop those of the first policy
 out = ""                                # scores to write (JSON)
-ranker = "pairrm"                       # the judge: pairrm or llm-blender
-ranker_model = "llm-blender/PairRM"     # folder or hub name
-rank_batch_tokens = 8192                # tokens of comparisons computed at once
+eval_ranker = "pairrm"                  # who judges: pairrm, llm-blender or reward; not the ranker that labels, unless the recipe says so
+eval_ranker_model = "llm-blender/PairRM"     # folder or hub name
+rank_batch_tokens = 4096                # tokens computed at once (pairrm, reward); a GPU takes more
 config = configure(globals())
 
-manifest = begin(out, ".json", config, "answers", "baseline", "ranker_model")
+eval_ranker in ("pairrm", "llm-blender", "reward") or sys.exit(f"--eval_ranker={eval_ranker}: there are pairrm, llm-blender and reward")
+
+manifest = begin(out, ".json", config, "answers", "baseline", "eval_ranker_model")
 if manifest is None:
     sys.exit(0)
 ours = [row for _, row in read(answers, "id", "prompt", "responses")] or sys.exit(f"{answers}: no answers in it")
@@ -31,23 +34,24 @@ if missing:
     sys.exit(f"{baseline}: no answer to {len(missing)} of the prompts in {answers}, such as '{missing[0]}'")
 
 # ---- who wins (torch is imported only now: a finished stage ends above) ----
-from rankers import load_ranker, prompt_text
+from rankers import load_ranker
 
 first = [row["responses"][0] for row in ours]
 pairs = [(r["text"], theirs[row["id"]]["text"]) for r, row in zip(first, ours)]
 differ = [k for k, (a, b) in enumerate(pairs) if a != b]                # equal answers tie without being judged
-matrices = []
+judged = []
 if differ:
-    odds = load_ranker(ranker, ranker_model, rank_batch_tokens)
-    matrices = odds([prompt_text(ours[k]["prompt"]) for k in differ], [list(pairs[k]) for k in differ])
+    settings = {"rank_batch_tokens": rank_batch_tokens, "reward_temperature": 1.0}
+    rank = load_ranker(eval_ranker, eval_ranker_model, settings, collections.Counter())
+    judged = [odds for _, odds in rank([{**ours[k], "texts": list(pairs[k])} for k in differ])]
 won = [0.5] * len(pairs)
-for k, m in zip(differ, matrices):
+for k, m in zip(differ, judged):
     won[k] = 0.5 if abs(m[0, 1]) < 1e-6 else float(m[0, 1] > 0)
 
 checked = [is_right(r["text"], row["answer"]) for r, row in zip(first, ours) if "answer" in row]
 win_rate = mean(won)
 scores = {
-    "judge": f"{ranker} {ranker_model}",
+    "judge": f"{eval_ranker} {eval_ranker_model}",
     "n": len(ours),
     "win_rate": win_rate,
     "win_rate_se": math.sqrt(sum((w - win_rate) ** 2 for w in won) / max(1, len(won) - 1) / len(won)),

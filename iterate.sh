@@ -21,7 +21,7 @@ for ((t = 0; t <= iterations; t++)); do
   now=$out/iter_$t
   if ((t > 0)); then
     stage generate "$engines" --iteration="$t" --model="$policy" --out="$now/candidates.jsonl"
-    stage rank "$processes" --candidates="$now/candidates.jsonl" --out="$now/pairs.jsonl"
+    stage rank "$processes" --model="$policy" --candidates="$now/candidates.jsonl" --out="$now/pairs.jsonl"
     stage train "$processes" --model="$policy" --pairs="$now/pairs.jsonl" --out="$now/model"
     policy=$now/model
   fi

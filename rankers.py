@@ -1,11 +1,17 @@
-"""Who says which response is better: one function per ranker, from prompts and candidate responses to log-odds.
+"""Who says which response is better: one function per ranker.
 
-A ranker is built once, `odds = RANKERS[name](ranker_model, batch_tokens)`, and called with prompts (texts) and, for each,
-its candidates (texts, any number). It returns one (N, N) float32 tensor per prompt: [i, j] is the log-odds that
-candidate i beats candidate j, averaged over both orders of presentation, so the tensor is antisymmetric.
+    rank = load_ranker("pairrm", "llm-blender/PairRM", settings, counts)
+    for scores, odds in rank(rows): ...
+
+A row has `prompt` (messages), `texts` (its distinct responses, any number), `id`, and `answer` where prompts carry one. For each
+row come odds (N, N), antisymmetric: [i, j] is the log-odds that i beats j; and scores (N,), higher is better, nan where a judge
+gave none; or None in their place, where the odds say all there is. Both float32. A ranker takes the settings that its
+signature names, and adds what went wrong to `counts`.
 """
 import importlib
-import json
+import inspect
+import itertools
+import math
 import os
 import re
 import sys
@@ -13,169 +19,221 @@ import sys
 import torch
 from tqdm import tqdm
 
-from data import encode, pick_device
-
-device = pick_device()
-PREFIXES = ["<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"]      # their order fixes their ids
+from data import by_length, control_text, is_right, load_tokenizer, pick_device, render
+from engines import ask, endpoint, local_model
 
 
-class PairRM(torch.nn.Module):
-    """LLM-Blender's pairwise ranker (2306.02561): DeBERTa-v2 over prompt and both candidates, a head on the marks.
-
-    Parameters carry the published names: pretrained_model.*, head_layer.1.* and head_layer.4.*.
-    """
-
-    def __init__(self, config, n_tasks=1):
-        from transformers import DebertaV2Model
-        super().__init__()
-        self.pretrained_model = DebertaV2Model(config)
-        d = config.hidden_size
-        self.head_layer = torch.nn.Sequential(torch.nn.Dropout(0.0), torch.nn.Linear(2 * d, d), torch.nn.Tanh(),
-                                              torch.nn.Dropout(0.0), torch.nn.Linear(d, n_tasks))
-
-    def forward(self, input_ids, attention_mask, marks):
-        """Scores of both candidates, (B, 2); marks (B, 3): positions of source, candidate1 and candidate2."""
-        return self.score(self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state, marks)
-
-    def score(self, h, marks):
-        source, first, second = h[torch.arange(len(h), device=h.device)[:, None], marks].unbind(1)           # (B, D)
-        pairs = torch.stack([torch.cat([source, c], -1) for c in (first, second)], 1)                        # (B, 2, 2D)
-        return self.head_layer(pairs).mean(-1)
+def prompt_text(messages):
+    """What PairRM and a judge read of a prompt: the bare instruction, or every turn of a longer conversation with its role."""
+    return messages[0]["content"] if len(messages) == 1 else "\n".join(f"{m['role'].upper()}: {m['content']}" for m in messages)
 
 
-class PairTokenizer:
-    """[CLS] <|source|> prompt [SEP] [CLS] <|candidate1|> a [SEP] [CLS] <|candidate2|> b [SEP], as llm-blender writes it.
-
-    A prompt is cut at source_maxlength tokens, a candidate at candidate_maxlength plus half of what the prompt leaves.
-    llm-blender lets the longest prompt of the batch decide that; here each prompt stands alone. Text that spells a mark
-    or another control token stays text.
-    """
-
-    def __init__(self, tokenizer, source_maxlength, candidate_maxlength):
-        tokenizer.add_tokens(PREFIXES)
-        self.tokenizer, self.source_maxlength, self.candidate_maxlength = tokenizer, source_maxlength, candidate_maxlength
-        self.prefixes = tokenizer.convert_tokens_to_ids(PREFIXES)
-        every = sorted((t.content for t in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-        self.control = re.compile("|".join(map(re.escape, every)))
-
-    def segment(self, text, limit):
-        """Ids of [CLS] mark text [SEP], the mark still to be filled in, cut to `limit` tokens."""
-        ids = encode(self.tokenizer, text, self.control)[:limit - 3]
-        return [self.tokenizer.cls_token_id, None, *ids, self.tokenizer.sep_token_id]
-
-    def candidate_limit(self, source):
-        return self.candidate_maxlength + (self.source_maxlength - len(source)) // 2
-
-    def join(self, *segments):
-        """(ids, positions of the three marks) of a source and two candidates."""
-        ids, marks = [], []
-        for segment, mark in zip(segments, self.prefixes):
-            marks.append(len(ids) + 1)
-            ids += [segment[0], mark, *segment[2:]]
-        return ids, marks
+def from_rewards(rewards, temperature):
+    """Bradley-Terry: log-odds = difference of rewards / temperature."""
+    rewards = torch.tensor(rewards, dtype=torch.float32)
+    return rewards, (rewards[:, None] - rewards) / temperature
 
 
-def load_pairrm(name):
-    """(PairRM in float32 on the device, PairTokenizer) from a folder or hub name in the layout of llm-blender/PairRM.
-
-    config.json names the backbone (model_name: a folder, or a hub name whose config and tokenizer are read) and the
-    lengths; model.safetensors must hold exactly the model's weights, else the program ends: an untrained head ranks too.
-    """
-    from huggingface_hub import snapshot_download
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoTokenizer
-    try:
-        folder = name if os.path.isdir(name) else snapshot_download(name, allow_patterns=["*.json", "*.model", "*.safetensors"])
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            settings = json.load(f)
-        state = load_file(os.path.join(folder, "model.safetensors"))
-    except Exception as e:                                              # hub and file errors come in many classes
-        sys.exit(f"--ranker_model={name}: no folder and no hub model with config.json and model.safetensors ({str(e).splitlines()[0]})")
-    backbone = settings.get("model_name") or folder
-    backbone = next((p for p in (backbone, os.path.join(folder, os.path.basename(backbone))) if os.path.isdir(p)), backbone)
-    config = AutoConfig.from_pretrained(backbone)
-    words = state.get("pretrained_model.embeddings.word_embeddings.weight")
-    words is not None or sys.exit(f"--ranker_model={name}: its weights are not a PairRM's (pretrained_model.*, head_layer.*)")
-    config.vocab_size = len(words)
-    with torch.device(device):
-        model = PairRM(config, settings.get("n_tasks", 1)).eval()
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if missing or unexpected:
-        sys.exit(f"--ranker_model={name}: model.safetensors lacks {missing[:3]} and has {unexpected[:3]} that no PairRM has")
-    own = os.path.exists(os.path.join(folder, "tokenizer_config.json"))
-    tokenizer = AutoTokenizer.from_pretrained(folder if own else backbone)
-    return model, PairTokenizer(tokenizer, settings["source_maxlength"], settings["candidate_maxlength"])
+def pairrm(model, counts, *, rank_batch_tokens):
+    """PairRM, ours (pairrm.py)."""
+    from pairrm import compare, load_pairrm
+    model, tokenizer = load_pairrm(model, pick_device())
+    return lambda rows: [(None, odds) for odds in compare(model, tokenizer, [prompt_text(row["prompt"]) for row in rows],
+                                                          [row["texts"] for row in rows], rank_batch_tokens, counts)]
 
 
-def pairrm(name, batch_tokens):
-    model, tokenizer = load_pairrm(name)
-
-    @torch.no_grad()
-    def odds(prompts, candidates):
-        rows, where = [], []                                            # (ids, marks) of each ordered comparison
-        for p, (prompt, texts) in enumerate(zip(prompts, candidates)):
-            source = tokenizer.segment(prompt, tokenizer.source_maxlength)
-            segments = [tokenizer.segment(text, tokenizer.candidate_limit(source)) for text in texts]
-            for i in range(len(texts)):
-                for j in range(len(texts)):
-                    if i != j:
-                        rows.append(tokenizer.join(source, segments[i], segments[j]))
-                        where.append((p, i, j))
-        matrices = [torch.zeros(len(texts), len(texts)) for texts in candidates]
-        order = sorted(range(len(rows)), key=lambda r: -len(rows[r][0]))
-        with tqdm(total=len(rows), desc="rank", unit="cmp", disable=not rows) as bar:
-            while order:                                                # longest first: the budget is tested at once
-                count = max(1, batch_tokens // len(rows[order[0]][0]))
-                batch, order = order[:count], order[count:]
-                ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[r][0]) for r in batch], batch_first=True).to(device)
-                lengths = torch.tensor([len(rows[r][0]) for r in batch], device=device)
-                mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()                 # (B, L)
-                scores = model(ids, mask, torch.tensor([rows[r][1] for r in batch], device=device))
-                for r, logit in zip(batch, (scores[:, 0] - scores[:, 1]).tolist()):
-                    p, i, j = where[r]
-                    matrices[p][i, j] += logit / 2
-                    matrices[p][j, i] -= logit / 2
-                bar.update(len(batch))
-        return matrices
-
-    return odds
-
-
-def llm_blender(name, batch_tokens):
-    """The package itself (llm-blender 0.0.2), two names put back that transformers 5 no longer has."""
+def import_llm_blender():
+    """The package (llm-blender 0.0.2), two names put back that transformers 5 no longer has."""
     import transformers.utils.hub
     from transformers import PreTrainedTokenizerBase
     transformers.utils.hub.TRANSFORMERS_CACHE = os.path.expanduser("~/.cache/huggingface/hub")
     PreTrainedTokenizerBase.batch_encode_plus = PreTrainedTokenizerBase.__call__
     try:
-        Blender = importlib.import_module("llm_blender").Blender
+        return importlib.import_module("llm_blender")
     except ImportError as e:
         sys.exit(f"--ranker=llm-blender: {e}; pip install llm-blender==0.0.2, or take --ranker=pairrm: same weights, same scores")
-    blender = Blender()
-    blender.loadranker(name, device=device.type)
-
-    def odds(prompts, candidates):
-        where = [(p, i, j) for p, texts in enumerate(candidates) for i in range(len(texts)) for j in range(i)]
-        matrices = [torch.zeros(len(texts), len(texts)) for texts in candidates]
-        if where:
-            logits = blender.compare([prompts[p] for p, _, _ in where], [candidates[p][i] for p, i, _ in where],
-                                     [candidates[p][j] for p, _, j in where], return_logits=True, mode="[A,B]+[B,A]")
-            for (p, i, j), twice in zip(where, logits.tolist()):        # it returns logit_ij - logit_ji, twice their mean
-                matrices[p][i, j], matrices[p][j, i] = twice / 2, -twice / 2
-        return matrices
-
-    return odds
 
 
-RANKERS = {"pairrm": pairrm, "llm-blender": llm_blender}
+def llm_blender(model, counts):
+    """The package itself; its truncation depends on the batch."""
+    blender = import_llm_blender().Blender()
+    blender.loadranker(model, device=pick_device().type)
+
+    def rank(rows):
+        where = [(row, i, j) for row in rows for i, j in itertools.combinations(range(len(row["texts"])), 2)]
+        logits = where and blender.compare(*([prompt_text(row["prompt"]) for row, *_ in where], [row["texts"][i] for row, i, _ in where],
+                                             [row["texts"][j] for row, _, j in where]), return_logits=True, mode="[A,B]+[B,A]").tolist()
+        odds = {id(row): torch.zeros(len(row["texts"]), len(row["texts"])) for row in rows}
+        for (row, i, j), twice in zip(where, logits):                   # it returns logit_ij - logit_ji, twice their mean
+            odds[id(row)][i, j], odds[id(row)][j, i] = twice / 2, -twice / 2
+        return [(None, odds[id(row)]) for row in rows]
+
+    return rank
 
 
-def load_ranker(ranker, ranker_model, batch_tokens):
+def reward(model, counts, *, rank_batch_tokens, reward_temperature):
+    """A scalar reward model: AutoModelForSequenceClassification with one label, over the conversation in its own template."""
+    from transformers import AutoModelForSequenceClassification
+    device = pick_device()
+    tokenizer, _ = load_tokenizer(model, "ranker_model")
+    control = control_text(tokenizer)
+    try:
+        network, loading = AutoModelForSequenceClassification.from_pretrained(
+            model, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, output_loading_info=True)
+    except (OSError, ValueError) as e:
+        sys.exit(f"--ranker_model={model}: no reward model that transformers knows ({str(e).strip().splitlines()[0]})")
+    network.config.num_labels == 1 or sys.exit(f"--ranker_model={model}: a reward model has one label, this one has {network.config.num_labels}")
+    loading["missing_keys"] and sys.exit(f"--ranker_model={model}: its weights lack {sorted(loading['missing_keys'])[:3]}; no reward model was trained here")
+    network.to(device).eval()
+    own = network.config.pad_token_id
+
+    @torch.no_grad()
+    def rank(rows):
+        ids = [render(tokenizer, row["prompt"] + [{"role": "assistant", "content": text}], f"prompt '{row['id']}'", control, opens=False)
+               for row in rows for text in row["texts"]]
+        rewards = [0.0] * len(ids)
+        with tqdm(total=len(ids), desc="rank", unit="resp") as bar:
+            for batch in by_length([len(i) for i in ids], rank_batch_tokens):
+                if own is None:                                         # it reads the last token that is no padding: take an id not in use
+                    network.config.pad_token_id = next(i for i in itertools.count() if not any(i in ids[r] for r in batch))
+                pad = network.config.pad_token_id
+                x = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids[r]) for r in batch], batch_first=True, padding_value=pad)
+                mask = torch.arange(x.shape[1]) < torch.tensor([len(ids[r]) for r in batch])[:, None]                 # (B, L)
+                for r, logit in zip(batch, network(x.to(device), attention_mask=mask.long().to(device)).logits[:, 0].float().tolist()):
+                    rewards[r] = logit
+                bar.update(len(batch))
+        rewards = iter(rewards)
+        return [from_rewards(list(itertools.islice(rewards, len(row["texts"]))), reward_temperature) for row in rows]
+
+    return rank
+
+
+def answer(model, counts, *, reward_temperature):
+    """Exact match with the prompt's `answer` (data.py): 1 or 0, as Iterative RPO has it (2404.19733)."""
+    def rank(rows):
+        for row in rows:
+            "answer" in row or sys.exit(f"--ranker=answer: prompt '{row['id']}' has no 'answer'")
+            yield from_rewards([float(is_right(text, row["answer"])) for text in row["texts"]], reward_temperature)
+
+    return rank
+
+
+# ---------------------------------------------------------------------------------------------- a language model as judge
+
+def read_score(reply):
+    """The last "Score: N" of a reply, 0 to 5, or None."""
+    found = re.findall(r"score[\s:*]*(\d+(?:\.\d+)?)", reply, re.IGNORECASE)
+    return float(found[-1]) if found and float(found[-1]) <= 5 else None
+
+
+def read_verdict(reply):
+    """The last "Better: A", "B" or "tie" as 1, 0 or a half, or None."""
+    found = re.findall(r"better[\s:*]*(a|b|tie)\b", reply, re.IGNORECASE)
+    return {"a": 1.0, "b": 0.0, "tie": 0.5}[found[-1].lower()] if found else None
+
+
+def judge(model, counts, *, judge_url, judge_mode, judge_prompt, judge_votes, judge_temperature, judge_concurrency, reward_temperature, pseudo_count,
+          out, engine, dtype, seed, tensor_parallel, gpu_memory, generate_rows):
+    """A language model as judge: here (by an engine) or at an OpenAI-compatible endpoint; judge_votes replies to each question.
+
+    judge_mode "score": points for each response (additive rubric, as in Self-Rewarding, 2401.10020), their mean over the votes.
+    "pairwise": two responses at a time, in both orders; Bradley-Terry strengths of the votes, as for annotators. What is asked
+    stands in prompts/judge_MODE.txt or in the file judge_prompt.
+    """
+    modes = {"score": (read_score, ("{prompt}", "{response}")), "pairwise": (read_verdict, ("{prompt}", "{response_a}", "{response_b}"))}
+    judge_mode in modes or sys.exit(f"--judge_mode={judge_mode}: there are {', '.join(modes)}")
+    read, places = modes[judge_mode]
+    path = judge_prompt or os.path.join(os.path.dirname(os.path.abspath(__file__)), "prompts", f"judge_{judge_mode}.txt")
+    os.path.isfile(path) or sys.exit(f"--judge_prompt={path}: no such file")
+    with open(path, encoding="utf-8") as f:
+        template = f.read().strip()
+    for place in places:
+        place in template or sys.exit(f"{path}: lacks {place}, where the text to judge goes")
+    settings = dict(dtype=dtype, seed=seed, tensor_parallel=tensor_parallel, gpu_memory=gpu_memory, generate_rows=generate_rows)
+    answers = endpoint(judge_url, judge_concurrency) if judge_url else local_model(engine, model, settings)
+
+    def rank(rows):
+        sizes = [range(len(row["texts"])) for row in rows]
+        shown = [(r, c) for r, size in enumerate(sizes) for c in (itertools.permutations(size, 2) if judge_mode == "pairwise" else ((i,) for i in size))]
+        questions = []
+        for r, candidates in shown:
+            filled = dict(zip(places, (prompt_text(rows[r]["prompt"]), *(rows[r]["texts"][i] for i in candidates))))
+            text = re.sub("|".join(map(re.escape, places)), lambda place: filled[place[0]], template)          # texts are not searched again
+            questions += [{"model": model, "messages": [{"role": "user", "content": text}], "temperature": judge_temperature, "max_tokens": 512,
+                           "about": [rows[r]["id"], *candidates, vote]} for vote in range(judge_votes)]
+        votes = [read(reply) for reply in ask(questions, out, answers)]
+        counts["replies"] += len(votes)
+        counts["unreadable_replies"] += votes.count(None)
+        wins = [torch.zeros(len(size), len(size)) for size in sizes]
+        for k, (r, candidates) in enumerate(shown):
+            told = [v for v in votes[k * judge_votes:(k + 1) * judge_votes] if v is not None]
+            if judge_mode == "score":
+                wins[r][candidates[0], 0] = sum(told) / len(told) if told else math.nan
+            else:
+                i, j = candidates
+                wins[r][i, j] += sum(told)
+                wins[r][j, i] += len(told) - sum(told)
+        if judge_mode == "score":
+            return [from_rewards(w[:, 0].tolist() if len(w) else [], reward_temperature) for w in wins]
+        return [from_rewards(w.tolist(), 1.0) for w in zermelo(wins, pseudo_count)]
+
+    return rank
+
+
+# ---------------------------------------------------------------------------------------------- several annotators
+
+
+def zermelo(wins, pseudo_count, rounds=10_000):
+    """Bradley-Terry log-strengths (N,) of each matrix of votes (N, N), where [i, j] counts how often i beat j; mean 0.
+
+    Zermelo's iteration, all strengths of a matrix at once (iREPO, 2405.15230); pseudo_count > 0 is added to every entry, without it
+    the strengths of unanimous votes diverge. Two candidates have the closed form log((k + c) / (h - k + c)). nan: no vote at all.
+    """
+    strengths = [None] * len(wins)
+    for size in {len(w) for w in wins}:
+        places = [k for k, w in enumerate(wins) if len(w) == size]
+        votes = torch.stack([wins[k].double() for k in places]) + pseudo_count * (1 - torch.eye(size, dtype=torch.double))     # (B, N, N)
+        votes = votes * (1 - torch.eye(size, dtype=torch.double))
+        logs = torch.zeros(len(places), size, dtype=torch.double)
+        for _ in range(rounds if size > 1 else 0):
+            w = logs.exp()
+            new = (votes.sum(2) / ((votes + votes.mT) / (w[:, :, None] + w[:, None])).sum(2)).log()
+            new -= new.mean(1, keepdim=True)
+            done, logs = (new - logs).abs().max() < 1e-10, new
+            if done:
+                break
+        for k, log in zip(places, logs):
+            strengths[k] = torch.where((wins[k] + wins[k].T).sum(1) > 0, log.float(), math.nan) if size > 1 else log.float()
+    return strengths
+
+
+def annotators(model, counts, *, annotator_votes, pseudo_count, **settings):
+    """Several rankers vote on every pair; `model` names them: "pairrm:llm-blender/PairRM reward:Skywork/...".
+
+    annotator_votes = 0: each casts one vote for the response it puts first. k: each casts k votes, split by its probability.
+    Scores are the Bradley-Terry log-strengths of the votes, odds their differences: iREPO's label z.
+    """
+    voters = [spec.partition(":") for spec in model.split()]
+    voters and all(name in RANKERS and name != "annotators" and path for name, _, path in voters) or sys.exit(
+        f'--ranker_model={model}: names annotators as "pairrm:MODEL reward:MODEL ...", with rankers {", ".join(k for k in RANKERS if k != "annotators")}')
+
+    def rank(rows):
+        wins = [torch.zeros(len(row["texts"]), len(row["texts"])) for row in rows]
+        for name, _, path in voters:
+            for w, (_, odds) in zip(wins, load_ranker(name, path, settings | {"pseudo_count": pseudo_count}, counts)(rows)):
+                votes = annotator_votes * odds.sigmoid() if annotator_votes else (odds.sign() + 1) / 2
+                w += torch.where(odds.isnan(), 0, votes)
+        return [from_rewards(w.tolist(), 1.0) for w in zermelo(wins, pseudo_count)]
+
+    return rank
+
+
+RANKERS = {"pairrm": pairrm, "llm-blender": llm_blender, "reward": reward, "judge": judge, "answer": answer, "annotators": annotators}
+
+
+def load_ranker(ranker, model, settings, counts):
+    """The ranker's function over rows, see above; model: folder or hub name, or the name of a model at judge_url."""
     ranker in RANKERS or sys.exit(f"--ranker={ranker}: there are {', '.join(RANKERS)}")
-    ranker_model or sys.exit("--ranker_model is not set: a folder or a hub name such as llm-blender/PairRM")
-    return RANKERS[ranker](ranker_model, batch_tokens)
-
-
-def prompt_text(messages):
-    """What a ranker reads of a prompt: the bare instruction, or every turn of a longer conversation with its role."""
-    return messages[0]["content"] if len(messages) == 1 else "\n".join(f"{m['role'].upper()}: {m['content']}" for m in messages)
+    names = inspect.getfullargspec(RANKERS[ranker])
+    wanted = settings if names.varkw else {k: settings[k] for k in names.kwonlyargs}
+    return RANKERS[ranker](model, counts, **wanted)

@@ -17,6 +17,7 @@ max_prompt_tokens = 512                 # templated prompt (repository)
 
 # rank
 ranker_model = "llm-blender/PairRM"     # Sec. 3; z = mean log-odds of both orders
+rank_batch_tokens = 16384               # ours, for GPUs of 80 GB
 max_response_tokens = 2016              # repository; removes every truncated response
 
 # train

@@ -18,6 +18,9 @@ dtype = "float32"                       # CPUs
 ranker_model = "tiny/world/judge"
 drop_unfinished = False                 # answers at the cap of 64 tokens are this world's long answers
 
+# eval
+eval_ranker_model = "tiny/world/judge"
+
 # train
 loss = "aipo"
 beta = 0.5                              # here margins s_ref are 2 to 14 nats, where the paper's are tens to hundreds, so

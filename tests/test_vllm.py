@@ -2,12 +2,18 @@
 import importlib.util
 import json
 import os
+import signal
+import socket
 import subprocess
+import sys
+import time
+import urllib.request
 
 import pytest
 
 import data
 from conftest import ROOT, run
+from test_judge import talker  # noqa: F401  (a fixture)
 from test_loop import ENV, world  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed: `make vllm` adds its CPU build")
@@ -41,3 +47,49 @@ def test_one_iteration_on_human_prompts_ends_with_a_model_that_vllm_loads(world,
     assert all(row["prompt_ids"] == data.render(tokenizer, row["prompt"], "here") for row in candidates.values())
     scores = json.load(open(f"{tmp_path}/run/iter_1/eval.json"))         # answers of the trained policy, by vLLM
     assert scores["n"] == 16 and scores["length"] > 1
+
+
+def serve(model, port, log):
+    """A vLLM server on loopback, ready to answer."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "talker", "--port", str(port), "--host", "127.0.0.1",
+               "--dtype", "float32", "--enforce-eager", "--max-model-len", "4096"]
+    server = subprocess.Popen(command, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}, stdout=log, stderr=log, start_new_session=True)
+    for _ in range(240):
+        time.sleep(0.5)
+        assert server.poll() is None, open(log.name).read()[-2000:]
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
+            return server
+        except OSError:
+            pass
+    raise AssertionError("the server did not start")
+
+
+def test_a_vllm_server_killed_midway_and_started_again_judges_all_and_is_asked_nothing_twice(talker, tmp_path):  # noqa: F811
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"id": f"p{k}", "prompt": f"prompt {k}", "responses": ["a" * n for n in range(1, 5)]}) + "\n" for k in range(60)))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    asked = ["rank.py", "--ranker=judge", "--ranker_model=talker", f"--judge_url=http://127.0.0.1:{port}/v1", f"--candidates={tmp_path}/c.jsonl", f"--out={tmp_path}/p.jsonl"]
+    replies = tmp_path / "p.replies.jsonl"
+    with open(tmp_path / "server.log", "w") as log:
+        server = serve(talker, port, log)
+        try:
+            process = subprocess.Popen([sys.executable, *asked], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            while not replies.exists() or replies.read_bytes().count(b"\n") < 100:
+                time.sleep(0.02)
+                assert process.poll() is None, process.communicate()[0][-2000:]
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+            before = replies.read_bytes()
+            server = serve(talker, port, log)
+            text, _ = process.communicate(timeout=200)
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+    assert process.returncode == 0, text[-2000:]
+    rows = [r for _, r in data.read(str(replies))]
+    assert before.count(b"\n") < 720 and replies.read_bytes().startswith(before)      # killed midway, and what had come stayed
+    assert len(rows) == len({r["key"] for r in rows}) == 60 * 4 * 3
+    assert sum(r["reply"].startswith("Score: ") for r in rows) > 650 and len(list(data.read(f"{tmp_path}/p.jsonl"))) > 50
+    done = run(*asked)
+    assert done.returncode == 0 and "nothing to do" in done.stdout

@@ -245,7 +245,7 @@ def build_judge(folder, steps=1300):
     from torch.nn.functional import binary_cross_entropy_with_logits as bce
     from transformers import DebertaV2Config
     from data import is_right
-    from rankers import PREFIXES, PairRM, PairTokenizer
+    from pairrm import PREFIXES, PairRM, PairTokenizer
     torch.set_num_threads(max(1, os.cpu_count() // 2))
     torch.manual_seed(0)
     backbone = os.path.join(folder, "backbone")
@@ -284,7 +284,7 @@ def build_judge(folder, steps=1300):
     def forward(batch):
         ids = pad([e[0] for e in batch])
         h = model.pretrained_model(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state        # (B, L, D)
-        return h, model.score(h, torch.tensor([e[1] for e in batch]))                                        # (B, 2)
+        return h, model.score(h[torch.arange(len(h))[:, None], torch.tensor([e[1] for e in batch])])         # (B, 2)
 
     def loss_of(batch):
         h, scores = forward(batch)
