@@ -20,6 +20,7 @@ model = ""                              # the policy of iteration 0: Hugging Fac
 out = ""                                # where a result goes; for iterate.sh the run's folder, out/<recipe> when empty
 processes = 1                           # processes per stage, one per GPU; above 1 each stage starts under torchrun
 engines = 0                             # processes of generate, each with tensor_parallel GPUs; 0: as many as processes
+rank_processes = 0                      # processes of rank: fewer for a local judge with tensor_parallel GPUs; 0: as many as processes
 prepare = ""                            # script that makes what the recipe needs (model, prompts), run first
 eval_prompts = ""                       # held-out prompts on which every iteration is evaluated; empty: no evaluation
 eval_prompt_field = ""                  # their column, as prompt_field
@@ -28,7 +29,7 @@ eval_temperature = 0.7                  # sampling temperature of the evaluated 
 
 SCRIPTS = ("configurator.py", "generate.py", "rank.py", "train.py", "eval.py")
 FREE = {"iterations", "gpu_memory", "rank_batch_tokens", "tokens_per_microbatch", "recompute", "gather_chunk", "compile", "shard_size",
-        "checkpoint_every", "keep_checkpoints", "reference_cache", "wandb", "tensorboard"}
+        "checkpoint_every", "keep_checkpoints", "reference_cache", "wandb", "tensorboard", "judge_url", "judge_concurrency"}
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 

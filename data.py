@@ -69,7 +69,7 @@ def read(path, *required):
                 sys.exit(f"{file}: not JSON: {e}")
             not array or isinstance(rows, list) or sys.exit(f"{file}: a .json file holds an array of records, not {type(rows).__name__}")
             for n, row in enumerate(rows, 1):
-                place = f"{file}:{n}"
+                place, escapes = f"{file}:{n}", array or b"\\ud" in row.lower()
                 if not array:
                     if not row.strip():
                         continue
@@ -78,6 +78,11 @@ def read(path, *required):
                     except ValueError as e:
                         sys.exit(f"{place}: not JSON: {e}")
                 isinstance(row, dict) or sys.exit(f"{place}: a record is a JSON object, not {type(row).__name__}")
+                if escapes:
+                    try:
+                        json.dumps(row, ensure_ascii=False).encode()
+                    except UnicodeEncodeError:
+                        sys.exit(f"{place}: holds half of a surrogate pair, which is no text")
                 for field in required:
                     field in row or sys.exit(f"{place}: field '{field}' is missing")
                 yield place, row
@@ -244,12 +249,24 @@ def read_prompts(path, field=""):
     return prompts or sys.exit(f"{path}: no prompts in it")
 
 
+def read_candidates(path):
+    """Yield (place, record) of candidates: id a string, prompt messages, responses objects with a text; they may have been bare texts."""
+    for n, (place, row) in enumerate(read(path, "prompt", "responses")):
+        row["id"] = str(row.get("id", n))
+        row["prompt"] = messages_of(row["prompt"]) or sys.exit(f"{place}: 'prompt' has to be a text or a list of messages with role and content")
+        responses = row["responses"] if isinstance(row["responses"], list) else [None]
+        row["responses"] = [{"text": r} if isinstance(r, str) else r for r in responses]
+        if not all(isinstance(r, dict) and isinstance(r.get("text"), str) and isinstance(r.get("ids", []), list) for r in row["responses"]):
+            sys.exit(f"{place}: 'responses' has to be a list of texts, or of objects with a text (and ids, a list)")
+        yield place, row
+
+
 def is_right(text, answer):
     """Whether a response gives the right answer; the rule is at the top of this file."""
     if isinstance(answer, dict):
         stated = set(re.findall(answer["among"], text.lower()))
         return len(stated) >= answer.get("count", 1) and stated <= set(answer["accept"])
-    answer = str(answer).strip()
+    answer = str(answer).split("####")[-1].strip()                      # GSM8K's own column ends so
     parts = re.split(r"####|\\boxed\{|\b(?i:answer)\b[*\s]*(?::|is\b)", text)
     for pattern, value in ((NUMBER, lambda s: float(re.sub(r"(?<=\d),(?=\d{3})", "", s))), (CHOICE, str)):
         if re.fullmatch(pattern, answer.replace(",", "")):

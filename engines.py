@@ -17,21 +17,23 @@ import inspect
 import json
 import os
 import sys
+import threading
 
 from tqdm import tqdm
 
-from data import control_text, derive_seed, load_tokenizer, pick_device, render, shard
+from data import DTYPES, control_text, derive_seed, load_tokenizer, pick_device, render, shard
 
 
 def vllm_engine(model, ends, longest, *, dtype, seed, tensor_parallel, gpu_memory):
     """vLLM, all requests in one call."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"                  # the engine lives and dies with this process
     first = int(os.environ.get("LOCAL_RANK", 0)) * tensor_parallel      # each process of a node has GPUs of its own
-    visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(64)))).split(",")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(64)))).split(",")
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[first:first + tensor_parallel])
     for name in ("TORCHELASTIC_USE_AGENT_STORE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)                                      # torchrun's world is not the engine's
     import torch
+    torch.cuda.is_initialized() and sys.exit("--engine=vllm: this process uses its GPU already; start the judge as a server and name it with --judge_url")
     if torch.version.cuda and torch.cuda.device_count() != tensor_parallel:
         sys.exit(f"--tensor_parallel={tensor_parallel}: process {first // tensor_parallel} finds {torch.cuda.device_count()} GPUs; start fewer engines")
     from vllm import LLM, SamplingParams
@@ -140,6 +142,7 @@ def load_engine(engine, model, ends, longest, settings):
 
     engine: vllm, transformers, or auto, which is vllm where it is installed. Each takes the settings that its signature names.
     """
+    settings["dtype"] in DTYPES or sys.exit(f"--dtype={settings['dtype']}: there are {', '.join(DTYPES)}")
     found = importlib.util.find_spec("vllm") is not None
     engines = {"vllm": vllm_engine, "transformers": transformers_engine, "auto": vllm_engine if found else transformers_engine}
     engine in engines or sys.exit(f"--engine={engine}: there are {', '.join(engines)}")
@@ -148,89 +151,99 @@ def load_engine(engine, model, ends, longest, settings):
     return start(model, ends, longest, **{k: settings[k] for k in inspect.getfullargspec(start).kwonlyargs})
 
 
-def endpoint(url, concurrency):
-    """A way to answer questions: any OpenAI-compatible endpoint, `concurrency` requests at a time, the key from OPENAI_API_KEY.
+# ---------------------------------------------------------------------------------------------- questions and replies
 
-    The client repeats what fails in passing (no connection, 429, 5xx) for about two minutes. When it gives up the program ends,
-    after the requests already under way have come back: what is paid for is kept.
+
+def endpoint(url, concurrency):
+    """A way to answer questions: an OpenAI-compatible endpoint, `concurrency` requests at a time, the key from OPENAI_API_KEY.
+
+    The client repeats what fails in passing (no connection, 429, 5xx, no answer for two minutes) up to 20 times, 8 seconds
+    apart at most. What the endpoint refuses to answer (400, 413, 422: too long, filtered) has an error for a reply; any other
+    refusal ends the program. However it ends, requests under way are waited for, and their replies kept.
     """
-    from openai import OpenAI, OpenAIError
+    from openai import APIStatusError, OpenAI, OpenAIError
     key = os.environ.get("OPENAI_API_KEY") or "none"
-    client = OpenAI(base_url=url, api_key=key, max_retries=20, timeout=300)
+    key.isascii() or sys.exit("OPENAI_API_KEY: has characters that no key has")
+    client = OpenAI(base_url=url, api_key=key, max_retries=20, timeout=120)
 
     def one(question):
-        text = client.chat.completions.with_raw_response.create(**{k: question[k] for k in ("model", "messages", "temperature", "max_tokens")}).http_response.text
+        try:
+            response = client.chat.completions.with_raw_response.create(**{k: question[k] for k in ("model", "messages", "temperature", "max_tokens")})
+        except APIStatusError as e:
+            if e.status_code not in (400, 413, 422):
+                raise
+            return {"reply": "", "error": str(e).replace(key, "***")[:300]}
+        text = response.http_response.text
         try:
             body = json.loads(text)
             return {"reply": "" + (body["choices"][0]["message"]["content"] or ""), "usage": {**(body.get("usage") or {})}}
         except (ValueError, LookupError, TypeError):                    # status 200 and no answer in it: kept, and unreadable
-            return {"reply": text[:1000], "usage": None}
+            return {"reply": text[:1000]}
 
-    def answer(questions):
-        with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
-            waiting, error = {pool.submit(one, q): n for n, q in enumerate(questions)}, None
-            for future in concurrent.futures.as_completed(waiting):
-                try:
-                    yield [(waiting[future], future.result())]
-                except concurrent.futures.CancelledError:
-                    continue
-                except OpenAIError as e:
-                    error = e
-                    for other in waiting:
-                        other.cancel()
-            error is None or sys.exit(f"{url}: {type(error).__name__}: {str(error).replace(key, '***')[:300]}; "
-                                      "the replies that came are kept, the same command asks for the rest")
+    def answer(questions, keep):
+        pool = concurrent.futures.ThreadPoolExecutor(concurrency)
+        try:
+            for future in concurrent.futures.as_completed([pool.submit(lambda n: keep({n: one(questions[n])}), n) for n in range(len(questions))]):
+                future.result()
+        except OpenAIError as e:
+            sys.exit(f"{url}: {type(e).__name__}: {str(e).replace(key, '***')[:300]}; the replies that came are kept, the same command asks for the rest")
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     return answer
 
 
 def local_model(engine, model, settings):
     """The same by an engine of this process, 512 questions at a time, so that a kill costs no more than those."""
-    def answer(questions):
+    def answer(questions, keep):
+        from transformers import AutoConfig
         tokenizer, ends = load_tokenizer(model, "ranker_model")
-        control = control_text(tokenizer)
+        control, most, room = control_text(tokenizer), questions[0]["max_tokens"], AutoConfig.from_pretrained(model).get_text_config()
         ids = [render(tokenizer, q["messages"], model, control) for q in questions]
-        sample = load_engine(engine, model, ends, max(len(i) + q["max_tokens"] for i, q in zip(ids, questions)), settings)
-        for start in range(0, len(questions), 512):
-            block = range(start, min(start + 512, len(questions)))
-            first = questions[start]
-            sampled = sample([(ids[n], derive_seed(settings["seed"], questions[n])) for n in block], n_responses=1, temperature=first["temperature"],
-                             top_k=0, top_p=1.0, max_new_tokens=first["max_tokens"])
-            yield [(n, {"reply": tokenizer.decode(response[0][0], skip_special_tokens=True),
-                        "usage": {"prompt_tokens": len(ids[n]), "completion_tokens": len(response[0][0])}}) for n, response in zip(block, sampled)]
+        room = getattr(room, "max_position_embeddings", 2**31) - most
+        keep({n: {"reply": "", "error": f"{len(i)} tokens, the model has room for {room}"} for n, i in enumerate(ids) if len(i) > room})
+        short = [n for n, i in enumerate(ids) if len(i) <= room]
+        sample = short and load_engine(engine, model, ends, max(len(ids[n]) for n in short) + most, settings)
+        for start in range(0, len(short), 512):
+            block = short[start:start + 512]
+            sampled = sample([(ids[n], derive_seed(questions[n])) for n in block], n_responses=1, temperature=questions[0]["temperature"],
+                             top_k=0, top_p=1.0, max_new_tokens=most)
+            keep({n: {"reply": tokenizer.decode(response, skip_special_tokens=True), "usage": {"prompt_tokens": len(ids[n]), "completion_tokens": len(response)}}
+                  for n, ((response, *_),) in zip(block, sampled)})
 
     return answer
 
 
 def ask(questions, out, answer):
-    """Texts of the replies to `questions`, in their order. Each is kept in NAME.replies.jsonl beside `out` the moment it comes, as it came.
+    """Texts of the replies to `questions`, in their order. Each is kept as it came, the moment it comes, in NAME.replies beside `out`.
 
-    answer(questions) yields lists of (index, {reply, usage}) in any order. A question whose reply an earlier run has left is not
-    asked again, nor is the same question twice.
+    answer(questions, keep) calls keep({index: {reply, usage}}), from any thread, in any order. A question that an earlier run or
+    another process of this one has a reply to is not asked again, nor is the same question twice; one with an error is.
     """
-    path = os.path.splitext(shard(out))[0] + ".replies.jsonl"
+    stem, path = os.path.splitext(out)[0], os.path.splitext(shard(out))[0] + ".replies"
     keys, kept = [hashlib.sha256(json.dumps(q, sort_keys=True).encode()).hexdigest() for q in questions], {}
-    for file in glob.glob(glob.escape(os.path.splitext(out)[0]) + "*.replies.jsonl"):                         # those of other processes too
-        with open(file, encoding="utf-8") as f:
-            for line in f:
-                if line.endswith("\n"):                                 # a kill may have cut the last one
-                    reply = json.loads(line)
-                    kept[reply["key"]] = reply
+    for file in glob.glob(glob.escape(stem) + ".replies") + glob.glob(glob.escape(stem) + "-[0-9]*-of-[0-9]*.replies"):
+        with open(file, "rb") as f:
+            lines = f.read().splitlines(keepends=True)
+        if file == path and lines and not lines[-1].endswith(b"\n"):    # a kill has cut the last one
+            os.truncate(path, sum(map(len, lines[:-1])))
+        kept |= {line["key"]: line for line in map(json.loads, (line for line in lines if line.endswith(b"\n"))) if "error" not in line}
     missing = {key: q for key, q in zip(keys, questions) if key not in kept}
     if missing:
+        names, before, lock = list(missing), len({*keys} & kept.keys()), threading.Lock()
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        names, before = list(missing), len(kept)
-        with open(path, "ab+") as f, tqdm(total=len(missing), desc="ask", unit="reply") as bar:
-            f.seek(0)
-            f.truncate(f.read().rfind(b"\n") + 1)
-            for batch in answer(list(missing.values())):
-                lines = [{"key": names[n], "about": missing[names[n]].get("about"), **reply} for n, reply in batch]
-                f.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-                f.flush()
-                os.fsync(f.fileno())
-                kept |= {line["key"]: line for line in lines}
-                bar.update(len(batch))
-        usage = [kept[name]["usage"] or {} for name in names]
-        print(f"{len(missing)} questions asked, {before} replies were kept; {sum(u.get('prompt_tokens', 0) for u in usage)} tokens read,",
-              f"{sum(u.get('completion_tokens', 0) for u in usage)} written -> {path}")
+        with tqdm(total=len(missing), desc="ask", unit="reply") as bar:
+            def keep(replies):
+                lines = [{"key": names[n], "about": missing[names[n]].get("about"), **reply} for n, reply in replies.items()]
+                with lock, open(path, "a", encoding="utf-8") as f:
+                    f.write("".join(json.dumps(line) + "\n" for line in lines))
+                    f.flush()
+                    os.fsync(f.fileno())
+                    kept.update((line["key"], line) for line in lines)
+                    bar.update(len(lines))
+
+            answer(list(missing.values()), keep)
+        usage, errors = [kept[name].get("usage", {}) for name in names], [kept[name]["error"] for name in names if "error" in kept[name]]
+        print(f"{len(missing)} questions asked, {before} replies were there; {sum(u.get('prompt_tokens') or 0 for u in usage)} tokens read,",
+              f"{sum(u.get('completion_tokens') or 0 for u in usage)} written -> {path}" + (f"; {len(errors)} refused, such as: {errors[0]}" if errors else ""))
     return [kept[key]["reply"] for key in keys]

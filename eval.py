@@ -11,7 +11,7 @@ import sys
 from statistics import fmean as mean
 
 from configurator import configure
-from data import begin, is_right, manifest_of, read, write_json
+from data import begin, is_right, manifest_of, read_candidates, write_json
 
 # ---- settings ----
 answers = ""                            # answers to evaluate (candidates file)
@@ -27,28 +27,36 @@ eval_ranker in ("pairrm", "llm-blender", "reward") or sys.exit(f"--eval_ranker={
 manifest = begin(out, ".json", config, "answers", "baseline", "eval_ranker_model")
 if manifest is None:
     sys.exit(0)
-ours = [row for _, row in read(answers, "id", "prompt", "responses")] or sys.exit(f"{answers}: no answers in it")
-theirs = {row["id"]: row["responses"][0] for _, row in read(baseline, "id", "responses")}
-missing = [row["id"] for row in ours if row["id"] not in theirs]
+def first_answers(path):
+    """The record of every prompt and the first of its responses, by id."""
+    found = {}
+    for place, row in read_candidates(path):
+        row["responses"] or sys.exit(f"{place}: no answer in it")
+        row["id"] not in found or sys.exit(f"{place}: id '{row['id']}' is there twice; ids join records and must differ")
+        found[row["id"]] = row, row["responses"][0]
+    return found
+
+
+ours, theirs = first_answers(answers) or sys.exit(f"{answers}: no answers in it"), first_answers(baseline)
+missing = [k for k in ours if k not in theirs]
 if missing:
     sys.exit(f"{baseline}: no answer to {len(missing)} of the prompts in {answers}, such as '{missing[0]}'")
 
 # ---- who wins (torch is imported only now: a finished stage ends above) ----
 from rankers import load_ranker
 
-first = [row["responses"][0] for row in ours]
-pairs = [(r["text"], theirs[row["id"]]["text"]) for r, row in zip(first, ours)]
-differ = [k for k, (a, b) in enumerate(pairs) if a != b]                # equal answers tie without being judged
+pairs = [(row, ours[name][1], theirs[name][1]) for name, (row, _) in ours.items()]
+differ = [k for k, (_, a, b) in enumerate(pairs) if a["text"] != b["text"]]     # equal answers tie without being judged
 judged = []
 if differ:
     settings = {"rank_batch_tokens": rank_batch_tokens, "reward_temperature": 1.0}
     rank = load_ranker(eval_ranker, eval_ranker_model, settings, collections.Counter())
-    judged = [odds for _, odds in rank([{**ours[k], "texts": list(pairs[k])} for k in differ])]
+    judged = [odds for _, odds in rank([row | {"texts": [a["text"], b["text"]]} for row, a, b in (pairs[k] for k in differ)])]
 won = [0.5] * len(pairs)
 for k, m in zip(differ, judged):
     won[k] = 0.5 if abs(m[0, 1]) < 1e-6 else float(m[0, 1] > 0)
 
-checked = [is_right(r["text"], row["answer"]) for r, row in zip(first, ours) if "answer" in row]
+checked = [is_right(a["text"], row["answer"]) for row, a, _ in pairs if row.get("answer") is not None]
 win_rate = mean(won)
 scores = {
     "judge": f"{eval_ranker} {eval_ranker_model}",
@@ -57,9 +65,9 @@ scores = {
     "win_rate_se": math.sqrt(sum((w - win_rate) ** 2 for w in won) / max(1, len(won) - 1) / len(won)),
     "ties": won.count(0.5),
     "accuracy": mean(checked) if checked else None,
-    "length": mean([len(r["ids"]) for r in first]),                     # tokens, end token included
-    "baseline_length": mean([len(theirs[row["id"]]["ids"]) for row in ours]),
-    "finished": mean([r["finished"] for r in first]),
+    "length": mean([len(a.get("ids", a["text"])) for _, a, _ in pairs]),        # tokens, end token included; characters of bare texts
+    "baseline_length": mean([len(b.get("ids", b["text"])) for *_, b in pairs]),
+    "finished": mean([a.get("finished", True) for _, a, _ in pairs]),
 }
 write_json(manifest_of(out), manifest)
 write_json(out, scores)

@@ -10,7 +10,7 @@ import random
 import sys
 
 from configurator import configure
-from data import DTYPES, RANK, WORLD_SIZE, begin, control_text, derive_seed, load_tokenizer, read_prompts, render, writing
+from data import RANK, WORLD_SIZE, begin, control_text, derive_seed, load_tokenizer, read_prompts, render, writing
 from engines import load_engine
 
 # ---- settings ----
@@ -36,7 +36,6 @@ config = configure(globals())
 
 
 def main():
-    dtype in DTYPES or sys.exit(f"--dtype={dtype}: there are {', '.join(DTYPES)}")
     manifest = begin(out, ".jsonl", config, "model", "prompts")
     if manifest is None:
         return

@@ -14,6 +14,7 @@ eval "$settings"
 launch() { if (($1 > 1)); then torchrun --standalone --nproc-per-node="$1" "${@:2}"; else python "${@:2}"; fi; }
 stage() { echo "--- iteration $t: $1"; launch "$2" "$here/$1.py" "$out/recipe.py" "${@:3}"; }   # name, processes, settings
 if ((engines == 0)); then engines=$processes; fi
+if ((rank_processes == 0)); then rank_processes=$processes; fi
 
 if [[ $prepare ]]; then python "$here/$prepare"; fi
 policy=$model
@@ -21,7 +22,7 @@ for ((t = 0; t <= iterations; t++)); do
   now=$out/iter_$t
   if ((t > 0)); then
     stage generate "$engines" --iteration="$t" --model="$policy" --out="$now/candidates.jsonl"
-    stage rank "$processes" --model="$policy" --candidates="$now/candidates.jsonl" --out="$now/pairs.jsonl"
+    stage rank "$rank_processes" --model="$policy" --candidates="$now/candidates.jsonl" --out="$now/pairs.jsonl"
     stage train "$processes" --model="$policy" --pairs="$now/pairs.jsonl" --out="$now/model"
     policy=$now/model
   fi

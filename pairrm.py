@@ -136,6 +136,7 @@ def load_pairrm(name, device):
         state = load_file(os.path.join(folder, "model.safetensors"))
     except Exception as e:                                              # hub and file errors come in many classes
         sys.exit(f"--ranker_model={name}: no folder and no hub model with config.json and model.safetensors ({str(e).splitlines()[0]})")
+    isinstance(settings, dict) or sys.exit(f"--ranker_model={name}: its config.json holds no settings")
     backbone = settings.get("model_name") or folder
     backbone = next((p for p in (backbone, os.path.join(folder, os.path.basename(backbone))) if os.path.isdir(p)), backbone)
     own = os.path.exists(os.path.join(folder, "tokenizer_config.json"))
@@ -172,25 +173,26 @@ def compare(model, tokenizer, prompts, candidates, batch_tokens, counts):
     Comparisons are computed longest first, about batch_tokens tokens at a time. Adds to counts what had to be cut.
     """
     device = next(model.parameters()).device
-    rows, where = [], []                                                # (ids, marks) of each ordered comparison
+    segments, where = [], []                                            # of each prompt (source, *candidates); each ordered comparison
     for p, (prompt, texts) in enumerate(zip(prompts, candidates)):
         source, cut = tokenizer.segment(prompt, tokenizer.source_maxlength)
-        segments, cuts = zip(*(tokenizer.segment(text, tokenizer.candidate_limit(source)) for text in texts)) if texts else ((), ())
         counts["prompts_cut"] += cut
-        counts["responses_cut"] += sum(cuts)
-        for i, j in itertools.permutations(range(len(texts)), 2):
-            rows.append(tokenizer.join(source, segments[i], segments[j]))
-            where.append((p, i, j))
+        segments.append([source])
+        for text in texts:
+            segment, cut = tokenizer.segment(text, tokenizer.candidate_limit(source))
+            counts["responses_cut"] += cut
+            segments[p].append(segment)
+        where += [(p, i, j) for i, j in itertools.permutations(range(len(texts)), 2)]
     matrices = [torch.zeros(len(texts), len(texts)) for texts in candidates]
-    with tqdm(total=len(rows), desc="rank", unit="cmp", disable=not rows) as bar:
-        for batch in by_length([len(ids) for ids, _ in rows], batch_tokens):
-            lengths = [len(rows[r][0]) for r in batch]
+    with tqdm(total=len(where), desc="rank", unit="cmp", disable=not where) as bar:
+        for batch in by_length([len(segments[p][0]) + len(segments[p][i + 1]) + len(segments[p][j + 1]) for p, i, j in where], batch_tokens):
+            batch = [where[k] for k in batch]
+            rows = [tokenizer.join(segments[p][0], segments[p][i + 1], segments[p][j + 1]) for p, i, j in batch]
+            lengths = [len(ids) for ids, _ in rows]
             starts = itertools.accumulate(lengths[:-1], initial=0)
-            marks = [[start + mark for mark in rows[r][1]] for r, start in zip(batch, starts)]
-            ids = torch.tensor([i for r in batch for i in rows[r][0]], device=device)
-            scores = model(ids, lengths, torch.tensor(marks, device=device))
-            for r, logit in zip(batch, (scores[:, 0] - scores[:, 1]).tolist()):
-                p, i, j = where[r]
+            marks = torch.tensor([[start + mark for mark in marks] for (_, marks), start in zip(rows, starts)], device=device)
+            scores = model(torch.tensor([i for ids, _ in rows for i in ids], device=device), lengths, marks)
+            for (p, i, j), logit in zip(batch, (scores[:, 0] - scores[:, 1]).tolist()):
                 matrices[p][i, j] += logit / 2
                 matrices[p][j, i] -= logit / 2
             bar.update(len(batch))

@@ -16,7 +16,7 @@ import statistics
 import sys
 
 from configurator import configure
-from data import RANK, WORLD_SIZE, begin, derive_seed, messages_of, read, shard, writing
+from data import RANK, WORLD_SIZE, begin, derive_seed, read_candidates, shard, writing
 
 # ---- settings ----
 candidates = ""                         # candidates file, folder or glob
@@ -25,7 +25,7 @@ ranker = "pairrm"                       # pairrm, llm-blender, reward, judge, an
 ranker_model = "llm-blender/PairRM"     # folder or hub name; "policy": the policy itself; annotators: "pairrm:MODEL reward:MODEL ..."
 model = ""                              # the policy that wrote the candidates, for ranker_model=policy
 rank_batch_tokens = 4096                # tokens computed at once (pairrm, reward); a GPU takes more
-pair_rule = "best_worst"                # best_worst, best_random, length_aware, short_long or right_wrong (pair_rules below)
+pair_rule = "best_worst"                # best_worst, best_random, length_aware, short_long or right_wrong (PAIR_RULES)
 max_pairs = 10                          # pairs per prompt at most (right_wrong; Iterative RPO: 10)
 tier = 0.2                              # share of the range of scores that counts as top, as bottom (short_long)
 min_gap = 0.0                           # smallest difference of scores in a pair
@@ -38,7 +38,8 @@ judge_mode = "score"                    # score: 0 to 5 points each (Self-Reward
 judge_prompt = ""                       # file with {prompt} and {response}, or {response_a} and {response_b}; empty: ours in prompts/
 judge_votes = 3                         # replies to every question (Self-Rewarding: 3)
 judge_temperature = 0.7                 # of the judge's replies (ours)
-judge_concurrency = 16                  # requests under way at once
+judge_tokens = 512                      # longest reply of the judge
+judge_concurrency = 16                  # requests under way at once, of each process
 annotator_votes = 9                     # votes of each annotator, split by its probability; 0: one, for what it puts first
 pseudo_count = 0.5                      # added to every count of votes before Bradley-Terry strengths are fitted
 engine = "auto"                         # vllm, transformers, or auto: vllm where it is installed
@@ -86,8 +87,9 @@ def per_token(values, lengths):
 def main():
     pair_rule in PAIR_RULES or sys.exit(f"--pair_rule={pair_rule}: there are {', '.join(PAIR_RULES)}")
     0 <= tier < 0.5 or sys.exit(f"--tier={tier}: from 0 to below 0.5, or top and bottom overlap")
-    max_pairs > 0 or sys.exit(f"--max_pairs={max_pairs}: at least 1")
-    pseudo_count > 0 or sys.exit(f"--pseudo_count={pseudo_count}: above 0, or unanimous votes give infinite strengths")
+    for key, least in {"max_pairs": 1, "judge_votes": 1, "judge_concurrency": 1, "annotator_votes": 0, "pseudo_count": 0.01, "reward_temperature": 1e-6}.items():
+        config[key] >= least or sys.exit(f"--{key}={config[key]}: at least {least}")
+    "@" in judge_url and sys.exit("--judge_url: holds a user or a key; the key belongs in OPENAI_API_KEY")
     policy = config.pop("model")
     if ranker_model == "policy":
         config["ranker_model"] = policy or sys.exit("--ranker_model=policy: --model is not set")
@@ -96,27 +98,20 @@ def main():
     manifest = begin(out, ".jsonl", config | models, "candidates", "ranker_model", *models)
     if manifest is None:
         return
-    rows = list(read(candidates, "prompt", "responses"))
-    rows or sys.exit(f"{candidates}: no candidates in it")
 
     # ---- what competes
     reasons = ("prompts", "pairs", "unfinished", "too_long", "empty", "fewer_than_two", "identical", "tied", "unjudged", "gap", "url")
-    counts, competing = collections.Counter(dict.fromkeys(reasons, 0)), []
-    for n, (place, row) in enumerate(rows):
-        row["prompt"] = messages_of(row["prompt"]) or sys.exit(f"{place}: 'prompt' has to be a text or a list of messages with role and content")
-        row["id"] = row.get("id", str(n))
-        responses = row.pop("responses")
-        given = [{"text": r} if isinstance(r, str) else r for r in responses] if isinstance(responses, list) else [None]
-        if not all(isinstance(r, dict) and isinstance(r.get("text"), str) and isinstance(r.get("ids", []), list) for r in given):
-            sys.exit(f"{place}: 'responses' has to be a list of texts, or of objects with a text (and ids, a list)")
+    counts, competing, n = collections.Counter(dict.fromkeys(reasons, 0)), [], -1
+    for n, (_, row) in enumerate(read_candidates(candidates)):
         if n % WORLD_SIZE == RANK:
             kept = []
-            for response in given:
+            for response in row.pop("responses"):
                 reason = ("empty" if not response["text"].strip() else
                           "unfinished" if drop_unfinished and not response.get("finished", True) else
                           "too_long" if len(response.get("ids", ())) > max_response_tokens else "kept")
                 kept.append(response) if reason == "kept" else counts.update([reason])
             competing.append((row, kept, list(dict.fromkeys(r["text"] for r in kept))))                      # distinct texts, in order
+    n >= 0 or sys.exit(f"{candidates}: no candidates in it")
     counts["prompts"] = len(competing)
 
     # ---- scores and log-odds (torch is imported only now: a finished stage ends above)
@@ -134,8 +129,8 @@ def main():
             write(pair)
     print(told, "->", shard(out))
     if pairs:
-        print("gap {gap:.3f}, z {z:.3f}; chosen {chosen:.1f} and rejected {rejected:.1f} {unit}; the longer one won in {longer_won:.1%} +- {longer_won_95:.1%} "
-              "(95 %) of the prompts".format(**manifest["summary"]))
+        print("gap {gap:.3f}, z {z:.3f}; chosen {chosen:.1f} and rejected {rejected:.1f} {unit}; the longer one won in {longer_won:.1%} of {longer_won_n} prompts "
+              "(95 %: {longer_won_95[0]:.1%} to {longer_won_95[1]:.1%})".format(**manifest["summary"]))
 
 
 def pairs_of(row, kept, texts, rewards, odds, counts):
@@ -147,11 +142,11 @@ def pairs_of(row, kept, texts, rewards, odds, counts):
         judged = (~scores.isnan()).nonzero()[:, 0]
         counts["unjudged"] += len(kept) - len(judged)
         kept, scores, odds = [kept[k] for k in judged], scores[judged], odds[judged][:, judged]
-    distinct = list({r["text"]: k for k, r in reversed(list(enumerate(kept)))}.values())[::-1]                # the first response of each text
+    distinct = sorted({r["text"]: k for k, r in reversed(list(enumerate(kept)))}.values())                    # the first response of each text
     if len(distinct) < 2:
         counts["fewer_than_two" if len(kept) < 2 else "identical"] += 1
         return
-    known = all("ids" in r for r in kept)
+    known = "prompt_ids" in row and all("ids" in r for r in kept)
     lengths = [len(r["ids"] if known else r["text"]) for r in kept]     # in tokens, or characters where only texts are known
     if pair_rule == "length_aware":                                     # what length explains within the prompt is taken out
         longer = scores.new_tensor(lengths) - statistics.fmean(lengths)
@@ -185,10 +180,11 @@ def summary(pairs):
     for pair in pairs:
         if size(pair, "chosen") != size(pair, "rejected"):
             won[pair["id"]].append(size(pair, "chosen") > size(pair, "rejected"))
-    shares = [statistics.fmean(w) for w in won.values()] or [0.5]
-    error = 1.96 * statistics.stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else 1.0
-    return {"gap": statistics.fmean(p["g_w"] - p["g_l"] for p in pairs), "z": statistics.fmean(p["z"] for p in pairs), "longer_won": statistics.fmean(shares),
-            "longer_won_95": error, "chosen": statistics.fmean(size(p, "chosen") for p in pairs), "rejected": statistics.fmean(size(p, "rejected") for p in pairs),
+    n, share, z = len(won), statistics.fmean(statistics.fmean(w) for w in won.values()) if won else 0.5, 1.96
+    middle, reach = share + z * z / 2 / max(n, 1), z * math.sqrt((share * (1 - share) + z * z / 4 / max(n, 1)) / max(n, 1))       # Wilson's interval
+    return {"gap": statistics.fmean(p["g_w"] - p["g_l"] for p in pairs), "z": statistics.fmean(p["z"] for p in pairs),
+            "longer_won": share, "longer_won_n": n, "longer_won_95": [(middle + sign * reach) / (1 + z * z / max(n, 1)) for sign in (-1, 1)],
+            "chosen": statistics.fmean(size(p, "chosen") for p in pairs), "rejected": statistics.fmean(size(p, "rejected") for p in pairs),
             "unit": "tokens" if "chosen_ids" in pairs[0] else "characters"}
 
 

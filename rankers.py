@@ -19,7 +19,7 @@ import sys
 import torch
 from tqdm import tqdm
 
-from data import by_length, control_text, is_right, load_tokenizer, pick_device, render
+from data import by_length, control_text, fingerprint, is_right, load_tokenizer, pick_device, render
 from engines import ask, endpoint, local_model
 
 
@@ -112,8 +112,11 @@ def answer(model, counts, *, reward_temperature):
     """Exact match with the prompt's `answer` (data.py): 1 or 0, as Iterative RPO has it (2404.19733)."""
     def rank(rows):
         for row in rows:
-            "answer" in row or sys.exit(f"--ranker=answer: prompt '{row['id']}' has no 'answer'")
-            yield from_rewards([float(is_right(text, row["answer"])) for text in row["texts"]], reward_temperature)
+            row.get("answer") is not None or sys.exit(f"--ranker=answer: prompt '{row['id']}' has no 'answer'")
+            try:
+                yield from_rewards([float(is_right(text, row["answer"])) for text in row["texts"]], reward_temperature)
+            except (LookupError, TypeError, re.error) as e:
+                sys.exit(f"--ranker=answer: prompt '{row['id']}': its 'answer' is not as data.py has it ({type(e).__name__}: {e})")
 
     return rank
 
@@ -121,24 +124,24 @@ def answer(model, counts, *, reward_temperature):
 # ---------------------------------------------------------------------------------------------- a language model as judge
 
 def read_score(reply):
-    """The last "Score: N" of a reply, 0 to 5, or None."""
-    found = re.findall(r"score[\s:*]*(\d+(?:\.\d+)?)", reply, re.IGNORECASE)
+    """The last line "Score: N" of a reply, 0 to 5, or None."""
+    found = re.findall(r"^\W*(?:final )?score\b\W*(?:is\W*)?(\d+(?:\.\d+)?)", reply, re.IGNORECASE | re.MULTILINE)
     return float(found[-1]) if found and float(found[-1]) <= 5 else None
 
 
 def read_verdict(reply):
-    """The last "Better: A", "B" or "tie" as 1, 0 or a half, or None."""
-    found = re.findall(r"better[\s:*]*(a|b|tie)\b", reply, re.IGNORECASE)
+    """The last line "Better: A", "B" or "tie" as 1, 0 or a half, or None."""
+    found = re.findall(r"^\W*better\b\W*(?:response\W*)?(a|b|tie)\W*$", reply, re.IGNORECASE | re.MULTILINE)
     return {"a": 1.0, "b": 0.0, "tie": 0.5}[found[-1].lower()] if found else None
 
 
-def judge(model, counts, *, judge_url, judge_mode, judge_prompt, judge_votes, judge_temperature, judge_concurrency, reward_temperature, pseudo_count,
-          out, engine, dtype, seed, tensor_parallel, gpu_memory, generate_rows):
+def judge(model, counts, *, out, engine, judge_url, judge_mode, judge_prompt, judge_votes, judge_temperature, judge_tokens, judge_concurrency,
+          reward_temperature, pseudo_count, **settings):
     """A language model as judge: here (by an engine) or at an OpenAI-compatible endpoint; judge_votes replies to each question.
 
     judge_mode "score": points for each response (additive rubric, as in Self-Rewarding, 2401.10020), their mean over the votes.
     "pairwise": two responses at a time, in both orders; Bradley-Terry strengths of the votes, as for annotators. What is asked
-    stands in prompts/judge_MODE.txt or in the file judge_prompt.
+    stands in prompts/judge_MODE.txt or in the file judge_prompt. An endpoint's judge is its model's name, wherever it is served.
     """
     modes = {"score": (read_score, ("{prompt}", "{response}")), "pairwise": (read_verdict, ("{prompt}", "{response_a}", "{response_b}"))}
     judge_mode in modes or sys.exit(f"--judge_mode={judge_mode}: there are {', '.join(modes)}")
@@ -149,32 +152,29 @@ def judge(model, counts, *, judge_url, judge_mode, judge_prompt, judge_votes, ju
         template = f.read().strip()
     for place in places:
         place in template or sys.exit(f"{path}: lacks {place}, where the text to judge goes")
-    settings = dict(dtype=dtype, seed=seed, tensor_parallel=tensor_parallel, gpu_memory=gpu_memory, generate_rows=generate_rows)
     answers = endpoint(judge_url, judge_concurrency) if judge_url else local_model(engine, model, settings)
+    who = {"model": model} if judge_url else {"model": model, "weights": fingerprint(model), "seed": settings["seed"]}
 
     def rank(rows):
-        sizes = [range(len(row["texts"])) for row in rows]
-        shown = [(r, c) for r, size in enumerate(sizes) for c in (itertools.permutations(size, 2) if judge_mode == "pairwise" else ((i,) for i in size))]
+        sizes = [len(row["texts"]) for row in rows]
+        shown = [(r, c) for r, size in enumerate(sizes) for c in itertools.permutations(range(size), len(places) - 1)]        # one response, or two in order
         questions = []
         for r, candidates in shown:
             filled = dict(zip(places, (prompt_text(rows[r]["prompt"]), *(rows[r]["texts"][i] for i in candidates))))
             text = re.sub("|".join(map(re.escape, places)), lambda place: filled[place[0]], template)          # texts are not searched again
-            questions += [{"model": model, "messages": [{"role": "user", "content": text}], "temperature": judge_temperature, "max_tokens": 512,
-                           "about": [rows[r]["id"], *candidates, vote]} for vote in range(judge_votes)]
+            questions += [who | {"messages": [{"role": "user", "content": text}], "temperature": judge_temperature, "max_tokens": judge_tokens,
+                                 "about": [rows[r]["id"], *candidates, vote]} for vote in range(judge_votes)]
         votes = [read(reply) for reply in ask(questions, out, answers)]
         counts["replies"] += len(votes)
         counts["unreadable_replies"] += votes.count(None)
-        wins = [torch.zeros(len(size), len(size)) for size in sizes]
-        for k, (r, candidates) in enumerate(shown):
-            told = [v for v in votes[k * judge_votes:(k + 1) * judge_votes] if v is not None]
-            if judge_mode == "score":
-                wins[r][candidates[0], 0] = sum(told) / len(told) if told else math.nan
-            else:
-                i, j = candidates
-                wins[r][i, j] += sum(told)
-                wins[r][j, i] += len(told) - sum(told)
+        told = [[v for v in votes[k:k + judge_votes] if v is not None] for k in range(0, len(votes), judge_votes)]
         if judge_mode == "score":
-            return [from_rewards(w[:, 0].tolist() if len(w) else [], reward_temperature) for w in wins]
+            means = iter([sum(t) / len(t) if t else math.nan for t in told])
+            return [from_rewards(list(itertools.islice(means, size)), reward_temperature) for size in sizes]
+        wins = [torch.zeros(size, size) for size in sizes]
+        for (r, (i, j)), t in zip(shown, told):
+            wins[r][i, j] += sum(t)
+            wins[r][j, i] += len(t) - sum(t)
         return [from_rewards(w.tolist(), 1.0) for w in zermelo(wins, pseudo_count)]
 
     return rank
@@ -183,7 +183,7 @@ def judge(model, counts, *, judge_url, judge_mode, judge_prompt, judge_votes, ju
 # ---------------------------------------------------------------------------------------------- several annotators
 
 
-def zermelo(wins, pseudo_count, rounds=10_000):
+def zermelo(wins, pseudo_count, rounds=100_000):
     """Bradley-Terry log-strengths (N,) of each matrix of votes (N, N), where [i, j] counts how often i beat j; mean 0.
 
     Zermelo's iteration, all strengths of a matrix at once (iREPO, 2405.15230); pseudo_count > 0 is added to every entry, without it
@@ -192,8 +192,7 @@ def zermelo(wins, pseudo_count, rounds=10_000):
     strengths = [None] * len(wins)
     for size in {len(w) for w in wins}:
         places = [k for k, w in enumerate(wins) if len(w) == size]
-        votes = torch.stack([wins[k].double() for k in places]) + pseudo_count * (1 - torch.eye(size, dtype=torch.double))     # (B, N, N)
-        votes = votes * (1 - torch.eye(size, dtype=torch.double))
+        votes = (torch.stack([wins[k].double() for k in places]) + pseudo_count) * (1 - torch.eye(size))                       # (B, N, N)
         logs = torch.zeros(len(places), size, dtype=torch.double)
         for _ in range(rounds if size > 1 else 0):
             w = logs.exp()

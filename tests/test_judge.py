@@ -17,7 +17,7 @@ import torch
 import data
 import engines
 import rankers
-from conftest import PLAIN, ROOT, build_model, run
+from conftest import PLAIN, ROOT, build_model, run, torchrun
 
 KEY = "sk-planted-0123456789"
 ROWS = {"long": ["a", "aaaa", "aa"], "same": ["b", "b"], "two": ["cc {response}", "c {prompt}"]}
@@ -76,7 +76,7 @@ def rank(tmp_path, url, **settings):
 
 
 def kept(tmp_path):
-    return [r for _, r in data.read(str(tmp_path / "p.replies.jsonl"))]
+    return [r for _, r in data.read(str(tmp_path / "p.replies"))]
 
 
 def test_scores_are_the_mean_of_the_votes_and_every_reply_is_kept(tmp_path):
@@ -129,6 +129,43 @@ def test_a_refused_key_ends_with_one_line_that_does_not_show_it(tmp_path):
     assert done.returncode == 1 and "AuthenticationError" in done.stderr and KEY not in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_question_that_is_refused_costs_its_own_reply_alone_and_is_asked_again(tmp_path):
+    candidates(tmp_path / "c.jsonl", {"x": ["a", "aaaa", "aa"], "y": ["a", "aa"]})
+    refuses = lambda server, handler, text: "\naaaa\n" in text and handler.reply({"error": {"message": "context length exceeded"}}, 400) is None
+    done = rank(tmp_path, Judge(misbehave=refuses).url)
+    assert done.returncode == 0 and "2 refused, such as: Error code: 400" in done.stdout and "2 unreadable_replies" in done.stdout
+    os.remove(tmp_path / "p.jsonl")
+    server = Judge()
+    assert rank(tmp_path, server.url).returncode == 0 and sum(server.asked.values()) == 2      # another address is the same judge
+
+
+def test_interrupted_from_the_keyboard_it_pays_for_what_is_under_way_and_no_more(tmp_path):
+    candidates(tmp_path / "c.jsonl", {f"p{k}": ["a" * n for n in range(1, 4)] for k in range(100)})
+    some = threading.Event()
+
+    def slow(server, handler, text):
+        time.sleep(0.02)
+        sum(server.served.values()) >= 50 and some.set()
+
+    server = Judge(misbehave=slow)
+    process = subprocess.Popen([sys.executable, *arguments(tmp_path, server.url, judge_concurrency=4)], cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, env=os.environ | {"OPENAI_API_KEY": KEY})
+    assert some.wait(60)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) != 0
+    assert 50 <= len(kept(tmp_path)) == sum(server.served.values()) < 400 and not os.path.exists(tmp_path / "p.jsonl")
+
+
+def test_two_processes_share_what_was_asked_and_their_pairs_can_be_read(tmp_path):
+    candidates(tmp_path / "c.jsonl", {f"p{k}": ["a", "aaa"] for k in range(6)})
+    server = Judge()
+    assert torchrun(2, *arguments(tmp_path, server.url)).returncode == 0
+    assert len(list(data.read(str(tmp_path / "p.jsonl")))) == 6 and sum(server.asked.values()) == 24
+    for file in tmp_path.glob("p-*.jsonl"):
+        file.unlink()
+    assert rank(tmp_path, server.url).returncode == 0 and sum(server.asked.values()) == 24
+
+
 def test_a_server_killed_midway_is_waited_for_and_nothing_is_paid_for_twice(tmp_path):
     rows = {f"p{k}": ["a" * n for n in range(1, 4)] for k in range(20)}
     candidates(tmp_path / "c.jsonl", rows)
@@ -170,7 +207,7 @@ def test_killed_itself_and_run_again_it_asks_only_what_is_missing(tmp_path):
     assert half.wait(60)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    path = tmp_path / "p.replies.jsonl"
+    path = tmp_path / "p.replies"
     before = path.read_bytes().count(b"\n")
     path.write_bytes(path.read_bytes() + b'{"key": "cut in the mid')   # as a full disk or a pulled plug leaves it
     assert not os.path.exists(tmp_path / "p.jsonl") and before >= 40
@@ -179,18 +216,21 @@ def test_killed_itself_and_run_again_it_asks_only_what_is_missing(tmp_path):
 
 
 @pytest.mark.parametrize("settings, message", [
+    ({"judge_url": "http://me:secret@127.0.0.1:9/v1"}, "--judge_url: holds a user or a key"), ({"reward_temperature": 0.0}, "--reward_temperature=0.0: at least"),
     ({"judge_mode": "triple"}, "--judge_mode=triple: there are score, pairwise"), ({"judge_prompt": "/nowhere"}, "--judge_prompt=/nowhere: no such file"),
     ({"judge_prompt": "{0}/rubric.txt"}, "rubric.txt: lacks {response}, where the text to judge goes")])
 def test_a_judge_that_is_set_up_wrongly_is_refused(tmp_path, settings, message):
     candidates(tmp_path / "c.jsonl")
     (tmp_path / "rubric.txt").write_text("Grade {prompt}.")
-    done = rank(tmp_path, "http://127.0.0.1:9/v1", **{k: v.format(tmp_path) for k, v in settings.items()})
+    done = rank(tmp_path, **{"url": "http://127.0.0.1:9/v1"} | {k.replace("judge_url", "url"): str(v).format(tmp_path) for k, v in settings.items()})
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("reply, score, verdict", [
-    ("Score: 4", 4, None), ("score: 2.5/5 ... **Score:** 3", 3, None), ("Score: 9", None, None), ("I would say four", None, None),
-    ("Better: A", None, 1), ("A is better: no, better: tie", None, 0.5), ("**Better**: b.", None, 0), ("better: apples", None, None)])
+    ("Score: 4", 4, None), ("score: 2.5/5\nFine.\n**Score:** 3", 3, None), ("Score: 9", None, None), ("I would say four", None, None),
+    ("Score: 4\n\nunderscore 2", 4, None), ("Score = 4", 4, None), ("- Final score is 3/5", 3, None), ("The score 3 is low", None, None),
+    ("Better: A", None, 1), ("A is better: no\nbetter: tie", None, 0.5), ("**Better**: b.", None, 0), ("better: apples", None, None),
+    ("Better: [[A]]", None, 1), ("Better: Response B", None, 0), ("It would like it better a bit.", None, None), ("no better: a real pity", None, None)])
 def test_the_last_verdict_of_a_reply_counts(reply, score, verdict):
     assert rankers.read_score(reply) == score and rankers.read_verdict(reply) == verdict
 
@@ -235,11 +275,14 @@ def test_a_local_judge_that_is_interrupted_gives_the_same_replies_afterwards(tal
     questions = [{"model": talker, "messages": [{"role": "user", "content": f"number {k}"}], "temperature": 1.0, "max_tokens": 16, "about": k} for k in range(600)]
     whole = engines.ask(questions, str(tmp_path / "whole.jsonl"), engines.local_model("transformers", talker, settings))
 
-    def dies(asked):
-        yield next(engines.local_model("transformers", talker, settings)(asked))   # the first 512
-        raise KeyboardInterrupt
+    def dies(asked, keep):
+        def once(replies):
+            keep(replies)
+            if replies:
+                raise KeyboardInterrupt                                 # after the first 512
+        engines.local_model("transformers", talker, settings)(asked, once)
 
     with pytest.raises(KeyboardInterrupt):
         engines.ask(questions, str(tmp_path / "cut.jsonl"), dies)
-    assert sum(1 for _ in data.read(str(tmp_path / "cut.replies.jsonl"))) == 512
+    assert sum(1 for _ in data.read(str(tmp_path / "cut.replies"))) == 512
     assert engines.ask(questions, str(tmp_path / "cut.jsonl"), engines.local_model("transformers", talker, settings)) == whole

@@ -19,7 +19,7 @@ def pairs(rank, texts, scores=None, odds=None, lengths=None, **row):
     counts, distinct = collections.Counter(), list(dict.fromkeys(texts))
     kept = [{"text": t, "ids": [1] * n} for t, n in zip(texts, lengths or [1] * len(texts))]
     rewards, differences = rankers.from_rewards(scores, 1.0) if odds is None else (None, torch.tensor(odds))
-    made = list(rank.pairs_of({"id": "p", **row}, kept, distinct, rewards, differences, counts))
+    made = list(rank.pairs_of({"id": "p", "prompt_ids": [1], **row}, kept, distinct, rewards, differences, counts))
     return made, dict(counts)
 
 
@@ -155,9 +155,10 @@ def test_the_share_of_longer_winners_and_its_error_are_those_worked_out_by_hand(
 
     made = [pair("a", 9, 5, 1.0, 2.0), pair("a", 5, 9, 2.0, 2.0), pair("b", 3, 2, 3.0, 4.0), pair("c", 8, 1, 4.0, 4.0), pair("d", 4, 4, 5.0, 8.0)]
     told = rank.summary(made)                                           # prompts: 1/2, 1 and 1; their deviation sqrt(1/12), over sqrt(3): 1/6
-    assert told["longer_won"] == pytest.approx(5 / 6) and told["longer_won_95"] == pytest.approx(1.96 / 6)
+    low, high = ((5 / 6 + 1.96**2 / 6 + s * 1.96 * math.sqrt((5 / 36 + 1.96**2 / 12) / 3)) / (1 + 1.96**2 / 3) for s in (-1, 1))       # Wilson
+    assert told["longer_won"] == pytest.approx(5 / 6) and told["longer_won_95"] == pytest.approx([low, high]) and 0 < low < 5 / 6 < high < 1
     assert (told["gap"], told["z"], told["unit"]) == (4.0, 3.0, "tokens") and (told["chosen"], told["rejected"]) == (pytest.approx(5.8), pytest.approx(4.2))
-    assert rank.summary([]) == {} and rank.summary(made[:1])["longer_won_95"] == 1.0
+    assert rank.summary([]) == {} and rank.summary(made[4:])["longer_won_95"] == pytest.approx([0, 1], abs=0.12)
     assert rank.summary(made[-1:])["longer_won"] == 0.5                 # equally long: no winner by length
     message = lambda text: [{"role": "assistant", "content": text}]
     bare = rank.summary([{"id": "a", "chosen": message("four"), "rejected": message("longer"), "z": 1.0, "g_w": 1.0, "g_l": 0.0}])

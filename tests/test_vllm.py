@@ -71,7 +71,7 @@ def test_a_vllm_server_killed_midway_and_started_again_judges_all_and_is_asked_n
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     asked = ["rank.py", "--ranker=judge", "--ranker_model=talker", f"--judge_url=http://127.0.0.1:{port}/v1", f"--candidates={tmp_path}/c.jsonl", f"--out={tmp_path}/p.jsonl"]
-    replies = tmp_path / "p.replies.jsonl"
+    replies = tmp_path / "p.replies"
     with open(tmp_path / "server.log", "w") as log:
         server = serve(talker, port, log)
         try:
