@@ -21,6 +21,7 @@ out = ""                                # where a result goes; for iterate.sh th
 processes = 1                           # processes per stage, one per GPU; above 1 each stage starts under torchrun
 engines = 0                             # processes of generate, each with tensor_parallel GPUs; 0: as many as processes
 rank_processes = 0                      # processes of rank: fewer for a local judge with tensor_parallel GPUs; 0: as many as processes
+new_instructions = 0                    # instructions written by self-instruct at each iteration (AIPO: 20,000); 0: prompts are drawn from the pool
 prepare = ""                            # script that makes what the recipe needs (model, prompts), run first
 eval_prompts = ""                       # held-out prompts on which every iteration is evaluated; empty: no evaluation
 eval_prompt_field = ""                  # their column, as prompt_field
@@ -29,7 +30,7 @@ eval_temperature = 0.7                  # sampling temperature of the evaluated 
 
 SCRIPTS = ("configurator.py", "generate.py", "rank.py", "train.py", "eval.py")
 FREE = {"iterations", "gpu_memory", "rank_batch_tokens", "tokens_per_microbatch", "recompute", "gather_chunk", "compile", "shard_size",
-        "checkpoint_every", "keep_checkpoints", "reference_cache", "wandb", "tensorboard", "judge_url", "judge_concurrency"}
+        "checkpoint_every", "keep_checkpoints", "reference_cache", "wandb", "tensorboard", "judge_url", "judge_concurrency", "engine_url"}
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 

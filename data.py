@@ -104,6 +104,35 @@ def writing(out, manifest):
     os.replace(out + ".tmp", out)
 
 
+def write_blocks(out, manifest, rows, size, work, count):
+    """Write work(block) for blocks of `size` rows, each kept as soon as it is done; a killed stage goes on behind its last whole block.
+
+    work gives one record per row. count(records), over all that was written, is the manifest's counts; `out` appears when whole.
+    """
+    part = shard(out) + ".tmp"
+    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+    if os.path.exists(part) and os.path.exists(manifest_of(part)):
+        same_run(part, manifest)
+    else:
+        open(part, "wb").close()
+    write_json(manifest_of(part), manifest)
+    with open(part, "rb+") as f:
+        lines = f.read().splitlines(keepends=True)
+        done = sum(line.endswith(b"\n") for line in lines)
+        done -= done % size if done < len(rows) else 0
+        f.truncate(sum(map(len, lines[:done])))
+        f.seek(0, os.SEEK_END)
+        done and print(f"{part}: goes on behind {done} of {len(rows)} prompts", flush=True)
+        for start in range(done, len(rows), size):
+            f.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in work(rows[start:start + size])).encode())
+            f.flush()
+            os.fsync(f.fileno())
+    with open(part, encoding="utf-8") as f:
+        manifest["counts"] = count(map(json.loads, f))
+    write_json(manifest_of(part), manifest)
+    os.replace(part, shard(out))
+
+
 def write_json(path, value):
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         json.dump(value, f, indent=1, ensure_ascii=False)
@@ -131,8 +160,9 @@ def pick_device():
 
 
 def manifest_of(out):
-    """NAME.manifest.json beside the file NAME.jsonl, FOLDER/manifest.json in a folder."""
-    return os.path.splitext(out)[0] + ".manifest.json" if out.endswith((".jsonl", ".json")) else os.path.join(out, "manifest.json")
+    """NAME.manifest.json beside the file NAME.jsonl (or its NAME.jsonl.tmp), FOLDER/manifest.json in a folder."""
+    is_file = out.endswith((".jsonl", ".json", ".jsonl.tmp"))
+    return os.path.splitext(out.removesuffix(".tmp"))[0] + ".manifest.json" if is_file else os.path.join(out, "manifest.json")
 
 
 def fingerprint(path):
@@ -224,7 +254,8 @@ def read_prompts(path, field=""):
     """Prompts as a list of records with `id` and `prompt` (messages), in file order.
 
     path: JSONL, a JSON array, or NAME:SPLIT of a Hugging Face dataset. field: the column that holds the prompt; empty
-    takes the first of prompt, messages, instruction. A prompt without id gets one from its text.
+    takes the first of prompt, messages, instruction (with its input), turns (the first of them), chosen (all but its last message).
+    A prompt without id or question_id gets one from its text.
     """
     if ":" in path and not os.path.exists(path):
         from datasets import load_dataset
@@ -234,11 +265,18 @@ def read_prompts(path, field=""):
         rows = read(path)
     prompts, seen = [], {}
     for place, row in rows:
-        key = field or next((f for f in ("prompt", "messages", "instruction") if f in row), "prompt")
-        messages = messages_of(row.get(key))
+        key = field or next((f for f in ("prompt", "messages", "instruction", "turns", "chosen") if f in row), "prompt")
+        value = row.get(key)
+        if key == "turns" and isinstance(value, list) and value:        # MT-Bench, Arena-Hard: the first turn is the prompt
+            value = row["turns"][0] if isinstance(row["turns"][0], str) else row["turns"][0].get("content")
+        if key == "instruction" and isinstance(value, str):             # Alpaca, self-instruct: some come with an input
+            value = "\n\n".join(filter(None, [value, row.get("input") or (row.get("instances") or [{}])[0].get("input")]))
+        messages = messages_of(value) if key != "chosen" or isinstance(value, list) else None
         messages or sys.exit(f"{place}: '{key}' has to be a text or a list of messages with role and content; --prompt_field names the column")
-        if key == "messages":                                           # a whole conversation: ask for its last answer
+        if key in ("messages", "chosen"):                               # a whole conversation: ask for its last answer
             messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+            messages or sys.exit(f"{place}: '{key}' holds no prompt before the assistant's message")
+        row["id"] = row.get("id", row.get("question_id"))
         given = row.get("id") is not None                               # 0 is an id too
         name = str(row["id"]) if given else hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
         if name in seen:

@@ -4,6 +4,7 @@
     responses = sample(requests, n_responses=5, temperature=0.4, top_k=50, top_p=1.0, max_new_tokens=2048)
 
 A request is (prompt ids, seed); it gets a list of n_responses tuples (ids, finished, log-prob in nats under the untempered model).
+Sampling ends at an end token, and soon behind any of the texts in `stop`.
 
     replies = ask(questions, "pairs.jsonl", endpoint("https://api.openai.com/v1", 16))
 
@@ -45,9 +46,9 @@ def vllm_engine(model, ends, longest, *, dtype, seed, tensor_parallel, gpu_memor
     llm = LLM(model, dtype=dtype, seed=seed, max_model_len=longest, enable_prefix_caching=True,
               tensor_parallel_size=tensor_parallel, **(gpu if torch.cuda.is_available() else cpu))
 
-    def sample(requests, *, n_responses, temperature, top_k, top_p, max_new_tokens):
-        settings = [SamplingParams(n=n_responses, temperature=temperature, top_k=top_k or -1, top_p=top_p, max_tokens=max_new_tokens,
-                                   seed=s, logprobs=0, stop_token_ids=sorted(ends), detokenize=False) for _, s in requests]
+    def sample(requests, *, n_responses, temperature, top_k, top_p, max_new_tokens, stop=()):
+        settings = [SamplingParams(n=n_responses, temperature=temperature, top_k=top_k or -1, top_p=top_p, max_tokens=max_new_tokens, seed=s,
+                                   logprobs=0, stop_token_ids=sorted(ends), stop=list(stop), detokenize=bool(stop)) for _, s in requests]
         outputs = llm.generate([{"prompt_token_ids": ids} for ids, _ in requests], settings)
         return [[(list(o.token_ids), o.finish_reason == "stop", o.cumulative_logprob) for o in output.outputs] for output in outputs]
 
@@ -57,8 +58,8 @@ def vllm_engine(model, ends, longest, *, dtype, seed, tensor_parallel, gpu_memor
 def transformers_engine(model, ends, longest, *, dtype, generate_rows):
     """transformers' generate, any device: rows of similar length together, finished rows dropped on the way."""
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, StoppingCriteria
-    device = pick_device()
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, StoppingCriteria
+    device, tokenizer = pick_device(), AutoTokenizer.from_pretrained(model)
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device).eval()
     policy.generation_config = GenerationConfig()                       # else its own penalties would enter what is left unset
     end = torch.tensor(sorted(ends), device=device)
@@ -81,21 +82,26 @@ def transformers_engine(model, ends, longest, *, dtype, generate_rows):
     class MostAreDone(StoppingCriteria):
         """Stops once half of the rows have ended, so that the other half goes on in a smaller batch."""
 
-        def __init__(self, rows):
-            self.done = torch.zeros(rows, dtype=torch.bool, device=device)
+        def __init__(self, rows, width, stop):
+            self.width, self.stop = width, stop
+            self.done, self.stopped = (torch.zeros(rows, dtype=torch.bool, device=device) for _ in range(2))
 
         def __call__(self, ids, scores, **_):
             self.done |= torch.isin(ids[:, -1], end)
-            return self.done | (self.done.float().mean() > 0.5)
+            if self.stop:
+                tails = tokenizer.batch_decode(ids[:, max(self.width, ids.shape[1] - 8):])
+                self.stopped |= torch.tensor([any(s in tail for s in self.stop) for tail in tails], device=device)
+            done = self.done | self.stopped
+            return done | (done.float().mean() > 0.5)
 
-    def sample_rows(rows, temperature, top_k, top_p, max_new_tokens):
+    def sample_rows(rows, temperature, top_k, top_p, max_new_tokens, stop=()):
         """rows of prompt ids -> (ids, finished, log-prob) of one response each."""
         width = max(map(len, rows))
         ids = torch.tensor([[0] * (width - len(r)) + r for r in rows], device=device)                        # (B, L), padded left
         mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
         going, cache, results, logp = torch.arange(len(rows)), None, [None] * len(rows), torch.zeros(len(rows))
         while len(going):
-            logprobs, criterion = LogProbs(), MostAreDone(len(going))
+            logprobs, criterion = LogProbs(), MostAreDone(len(going), width, stop)
             asked = GenerationConfig(max_length=width + max_new_tokens, do_sample=temperature > 0, temperature=temperature or None,
                                      top_k=top_k, top_p=top_p, eos_token_id=sorted(ends), pad_token_id=min(ends), return_dict_in_generate=True)
             start = ids.shape[1]
@@ -107,12 +113,12 @@ def transformers_engine(model, ends, longest, *, dtype, generate_rows):
             ended = torch.isin(ids[:, start:], end)
             steps = steps * (ended.cumsum(1) - ended.long() == 0)       # nothing counts after the end token
             logp[going] += steps.sum(1).cpu()
-            done = ended.any(1) | (ids.shape[1] >= width + max_new_tokens)
+            done = ended.any(1) | criterion.stopped | (ids.shape[1] >= width + max_new_tokens)
             for b in done.nonzero()[:, 0].tolist():
                 response = ids[b, width:].tolist()
-                stop = next((k for k, token in enumerate(response) if token in ends), None)
+                last = next((k for k, token in enumerate(response) if token in ends), None)
                 r = int(going[b])
-                results[r] = (response if stop is None else response[:stop + 1], stop is not None, float(logp[r]))
+                results[r] = (response if last is None else response[:last + 1], last is not None or bool(criterion.stopped[b]), float(logp[r]))
             keep = (~done).nonzero()[:, 0]
             going, ids = going[keep.cpu()], ids[keep]
             mask = torch.cat([mask[keep], mask.new_ones(len(keep), ids.shape[1] - mask.shape[1])], 1)
@@ -135,6 +141,12 @@ def transformers_engine(model, ends, longest, *, dtype, generate_rows):
         return results
 
     return sample
+
+
+def positions(model):
+    """Tokens of prompt and response together that a model was built for."""
+    from transformers import AutoConfig
+    return getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", 2**31)
 
 
 def load_engine(engine, model, ends, longest, settings):
@@ -176,7 +188,8 @@ def endpoint(url, concurrency):
         text = response.http_response.text
         try:
             body = json.loads(text)
-            return {"reply": "" + (body["choices"][0]["message"]["content"] or ""), "usage": {**(body.get("usage") or {})}}
+            choice = body["choices"][0]
+            return {"reply": "" + (choice["message"]["content"] or ""), "finish": choice.get("finish_reason"), "usage": {**(body.get("usage") or {})}}
         except (ValueError, LookupError, TypeError):                    # status 200 and no answer in it: kept, and unreadable
             return {"reply": text[:1000]}
 
@@ -196,11 +209,9 @@ def endpoint(url, concurrency):
 def local_model(engine, model, settings):
     """The same by an engine of this process, 512 questions at a time, so that a kill costs no more than those."""
     def answer(questions, keep):
-        from transformers import AutoConfig
         tokenizer, ends = load_tokenizer(model, "ranker_model")
-        control, most, room = control_text(tokenizer), questions[0]["max_tokens"], AutoConfig.from_pretrained(model).get_text_config()
-        ids = [render(tokenizer, q["messages"], model, control) for q in questions]
-        room = getattr(room, "max_position_embeddings", 2**31) - most
+        control, most = control_text(tokenizer), questions[0]["max_tokens"]
+        ids, room = [render(tokenizer, q["messages"], model, control) for q in questions], positions(model) - most
         keep({n: {"reply": "", "error": f"{len(i)} tokens, the model has room for {room}"} for n, i in enumerate(ids) if len(i) > room})
         short = [n for n, i in enumerate(ids) if len(i) <= room]
         sample = short and load_engine(engine, model, ends, max(len(ids[n]) for n in short) + most, settings)
@@ -215,7 +226,7 @@ def local_model(engine, model, settings):
 
 
 def ask(questions, out, answer):
-    """Texts of the replies to `questions`, in their order. Each is kept as it came, the moment it comes, in NAME.replies beside `out`.
+    """The replies to `questions`, in their order, as {reply, usage, ...}. Each is kept as it came, the moment it comes, in NAME.replies beside `out`.
 
     answer(questions, keep) calls keep({index: {reply, usage}}), from any thread, in any order. A question that an earlier run or
     another process of this one has a reply to is not asked again, nor is the same question twice; one with an error is.
@@ -246,4 +257,4 @@ def ask(questions, out, answer):
         usage, errors = [kept[name].get("usage", {}) for name in names], [kept[name]["error"] for name in names if "error" in kept[name]]
         print(f"{len(missing)} questions asked, {before} replies were there; {sum(u.get('prompt_tokens') or 0 for u in usage)} tokens read,",
               f"{sum(u.get('completion_tokens') or 0 for u in usage)} written -> {path}" + (f"; {len(errors)} refused, such as: {errors[0]}" if errors else ""))
-    return [kept[key]["reply"] for key in keys]
+    return [kept[key] for key in keys]

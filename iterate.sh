@@ -21,7 +21,12 @@ policy=$model
 for ((t = 0; t <= iterations; t++)); do
   now=$out/iter_$t
   if ((t > 0)); then
-    stage generate "$engines" --iteration="$t" --model="$policy" --out="$now/candidates.jsonl"
+    from=()
+    if ((new_instructions)); then
+      stage generate "$engines" --task=instructions --n_prompts="$new_instructions" --iteration="$t" --model="$policy" --out="$now/prompts.jsonl"
+      from=(--prompts="$now/prompts.jsonl" --prompt_field= --n_prompts=0)
+    fi
+    stage generate "$engines" --iteration="$t" --model="$policy" --out="$now/candidates.jsonl" ${from[@]+"${from[@]}"}
     stage rank "$rank_processes" --model="$policy" --candidates="$now/candidates.jsonl" --out="$now/pairs.jsonl"
     stage train "$processes" --model="$policy" --pairs="$now/pairs.jsonl" --out="$now/model"
     policy=$now/model

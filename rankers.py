@@ -164,7 +164,7 @@ def judge(model, counts, *, out, engine, judge_url, judge_mode, judge_prompt, ju
             text = re.sub("|".join(map(re.escape, places)), lambda place: filled[place[0]], template)          # texts are not searched again
             questions += [who | {"messages": [{"role": "user", "content": text}], "temperature": judge_temperature, "max_tokens": judge_tokens,
                                  "about": [rows[r]["id"], *candidates, vote]} for vote in range(judge_votes)]
-        votes = [read(reply) for reply in ask(questions, out, answers)]
+        votes = [read(reply["reply"]) for reply in ask(questions, out, answers)]
         counts["replies"] += len(votes)
         counts["unreadable_replies"] += votes.count(None)
         told = [[v for v in votes[k:k + judge_votes] if v is not None] for k in range(0, len(votes), judge_votes)]

@@ -8,7 +8,8 @@ processes = 8
 
 # generate
 engine = "vllm"
-n_prompts = 20000                       # per iteration (Sec. 4.2); the paper writes new ones by self-instruct from this pool
+new_instructions = 20000                # per iteration (Sec. 4.2), by self-instruct from this pool
+min_prompt_tokens = 3                   # of an instruction (repository)
 n_responses = 5                         # N (Sec. 3)
 temperature = 0.4                       # repository default, the paper is silent
 top_k = 50                              # repository

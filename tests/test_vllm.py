@@ -13,6 +13,7 @@ import pytest
 
 import data
 from conftest import ROOT, run
+from test_generate import INSTRUCT, pool, writer  # noqa: F401  (a fixture)
 from test_judge import talker  # noqa: F401  (a fixture)
 from test_loop import ENV, world  # noqa: F401  (a fixture)
 
@@ -93,3 +94,25 @@ def test_a_vllm_server_killed_midway_and_started_again_judges_all_and_is_asked_n
     assert sum(r["reply"].startswith("Score: ") for r in rows) > 650 and len(list(data.read(f"{tmp_path}/p.jsonl"))) > 50
     done = run(*asked)
     assert done.returncode == 0 and "nothing to do" in done.stdout
+
+
+def test_vllm_writes_new_instructions_and_goes_on_after_a_kill(writer, world, tmp_path):  # noqa: F811
+    texts = pool(tmp_path / "pool.jsonl")
+    done = run("generate.py", *(a for a in INSTRUCT if "engine" not in a), "--engine=vllm", f"--model={writer}", f"--prompts={tmp_path}/pool.jsonl", "--n_prompts=30",
+               f"--out={tmp_path}/new.jsonl")
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = [r["prompt"][0]["content"] for r in data.read_prompts(f"{tmp_path}/new.jsonl")]
+    counts = json.load(open(tmp_path / "new.manifest.json"))["counts"]
+    assert len(set(made)) == 30 and not set(made) & set(texts) and counts["calls"] < 512 and counts["unfinished"] < counts["calls"] / 4
+    asked = ("generate.py", "config/tiny.py", "--engine=vllm", "--n_prompts=64", "--n_responses=2", "--block=8", "--iteration=1")
+    assert run(*asked, f"--out={tmp_path}/whole.jsonl").returncode == 0
+    process = subprocess.Popen([sys.executable, *asked, f"--out={tmp_path}/cut.jsonl"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    part = tmp_path / "cut.jsonl.tmp"
+    while not part.exists() or part.read_bytes().count(b"\n") < 16:
+        time.sleep(0.005)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert part.exists()
+    done = run(*asked, f"--out={tmp_path}/cut.jsonl")
+    assert done.returncode == 0 and "goes on behind" in done.stdout and (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

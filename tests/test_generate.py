@@ -1,0 +1,223 @@
+"""Candidates block by block, prompts in the formats people have, new instructions, and an endpoint that answers."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import data
+from conftest import ROOT, build_model, run, torchrun
+from test_judge import KEY, Judge
+from test_loop import ENV, world  # noqa: F401  (a fixture)
+
+SHARED = ROOT.parent / "shared" / "data"
+TINY = ("config/tiny.py", "--n_prompts=24", "--n_responses=2", "--max_new_tokens=24", "--iteration=1")
+
+
+@pytest.fixture
+def generate(monkeypatch):
+    """generate.py as a module: its work is in functions, its settings are its globals."""
+    monkeypatch.setattr(sys, "argv", ["generate.py"])
+    sys.modules.pop("generate", None)
+    import generate
+    return generate
+
+
+def test_a_kill_costs_one_block_and_the_file_is_the_same_as_without(world, tmp_path):  # noqa: F811
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    assert run("generate.py", *TINY, f"--out={whole}", "--block=4").returncode == 0
+    process = subprocess.Popen([sys.executable, "generate.py", *TINY, f"--out={cut}", "--block=4"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    part = tmp_path / "cut.jsonl.tmp"
+    while not part.exists() or part.read_bytes().count(b"\n") < 8:
+        time.sleep(0.01)
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 8 <= part.read_bytes().count(b"\n") < 24 and not cut.exists()
+    part.write_bytes(part.read_bytes() + b'{"id": "cut in the mid')      # as a pulled plug leaves it
+    other = run("generate.py", *TINY, f"--out={cut}", "--block=4", "--temperature=0.5")
+    assert other.returncode == 1 and "cut.jsonl.tmp: was made with another 'temperature' (1.0, now 0.5)" in other.stderr
+    done = run("generate.py", *TINY, f"--out={cut}", "--block=4")
+    assert done.returncode == 0 and "goes on behind " in done.stdout and cut.read_bytes() == whole.read_bytes() and not part.exists()
+    counts = [json.load(open(tmp_path / f"{name}.manifest.json"))["counts"] for name in ("whole", "cut")]
+    assert counts[0] == counts[1] and counts[0]["responses"] == 48 and counts[0]["tokens"] > 48
+
+
+@pytest.mark.parametrize("file, count, text", [
+    ("eval/alpaca_eval/instructions.json", 805, "What are the names of some famous actors that started their careers on Broadway?"),
+    ("eval/mt_bench/question.jsonl", 80, "Compose an engaging travel blog post about a recent trip to Hawaii"),
+    ("eval/arena_hard_v0.1/question.jsonl", 500, "Use ABC notation to write a melody"), ("prompts/seed_tasks.jsonl", 175, "Is there anything I can eat for a breakfast")])
+def test_benchmark_files_are_prompts_as_they_are(file, count, text):
+    if not (SHARED / file).exists():
+        pytest.skip(f"{SHARED / file} is not there")
+    rows = data.read_prompts(str(SHARED / file))
+    assert len(rows) == len({r["id"] for r in rows}) == count and rows[0]["prompt"][0]["content"].startswith(text)
+
+
+def test_an_input_belongs_to_its_instruction_and_the_last_answer_is_no_prompt(tmp_path):
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
+    rows = [{"instruction": "Add.", "input": "1 2"}, {"instruction": "Add.", "instances": [{"input": "3 4", "output": "7"}]}, {"instruction": "Add.", "input": ""},
+            {"chosen": talk, "rejected": talk}, {"question_id": 7, "turns": [{"content": "first"}, {"content": "second"}]}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    read = data.read_prompts(str(tmp_path / "p.jsonl"))
+    assert [r["prompt"][-1]["content"] for r in read] == ["Add.\n\n1 2", "Add.\n\n3 4", "Add.", "c", "first"] and len(read[3]["prompt"]) == 3 and read[4]["id"] == "7"
+    (tmp_path / "p.jsonl").write_text(json.dumps({"chosen": "Human: a Assistant: b"}))
+    with pytest.raises(SystemExit, match="p.jsonl:1: 'chosen' has to be"):
+        data.read_prompts(str(tmp_path / "p.jsonl"))
+
+
+def test_short_instructions_are_dropped_and_counted(world, tmp_path):  # noqa: F811
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in ("Hi", "What color is the sky?")))
+    assert run("generate.py", "config/tiny.py", f"--prompts={tmp_path}/p.jsonl", f"--out={tmp_path}/c.jsonl", "--n_prompts=0", "--min_prompt_tokens=4").returncode == 0
+    assert len(list(data.read(f"{tmp_path}/c.jsonl"))) == 1 and json.load(open(tmp_path / "c.manifest.json"))["counts"]["too_short"] == 1
+
+
+def test_an_endpoint_writes_candidates_that_a_kill_does_not_ask_twice(tmp_path):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"prompt {k}"}) + "\n" for k in range(6)))
+    server = Judge(misbehave=lambda server, handler, text: handler.reply({"choices": [
+        {"finish_reason": "length" if "3" in text else "stop", "message": {"content": f"reply {sum(server.asked.values())}"}}]}) is None)
+    asked = ("generate.py", "--engine=openai", "--model=gpt", f"--engine_url={server.url}", f"--prompts={tmp_path}/p.jsonl", "--n_responses=2", "--block=4", f"--out={tmp_path}/c.jsonl")
+    done = run(*asked, env={"OPENAI_API_KEY": KEY})
+    assert done.returncode == 0 and KEY not in done.stdout + done.stderr
+    rows = [r for _, r in data.read(f"{tmp_path}/c.jsonl")]
+    assert [len(r["responses"]) for r in rows] == [2] * 6 and len({r["text"] for row in rows for r in row["responses"]}) == 12 and "prompt_ids" not in rows[0]
+    assert [row["responses"][0]["finished"] for row in rows] == [True, True, True, False, True, True]
+    os.remove(tmp_path / "c.jsonl")
+    assert run(*asked).returncode == 0 and sum(server.asked.values()) == 12
+    refused = run(*(a for a in asked if "engine_url" not in a), "--iteration=1")
+    assert refused.returncode == 1 and "--engine=openai: writes candidates, wants --engine_url" in refused.stderr
+
+
+def test_answers_come_turn_after_turn_in_the_official_formats(world, tmp_path):  # noqa: F811
+    questions = [{"question_id": 1, "category": "math", "turns": ["What color is the sky?", "And the sea?"]}, {"question_id": 2, "category": "writing", "turns": ["Name a fruit."]},
+                 {"question_id": 3, "category": "reasoning", "turns": ["What color is the sky?", "Is it cold?"]}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    asked = ("generate.py", "config/tiny.py", "--task=answers", "--n_prompts=0")
+    assert run(*asked, f"--prompts={tmp_path}/q.jsonl", f"--out={tmp_path}/a.jsonl", "--max_new_tokens=16").returncode == 0
+    ours, official = ([r for _, r in data.read(f"{tmp_path}/{name}.jsonl")] for name in ("a", "a.model_answer"))
+    assert [len(r["responses"]) for r in ours] == [2, 1, 2] and [r["question_id"] for r in official] == [1, 2, 3] and {r["model_id"] for r in official} == {"base"}
+    assert [r["choices"][0]["turns"] for r in official] == [[x["text"] for x in r["responses"]] for r in ours]
+    assert ours[0]["responses"][0]["text"] == ours[2]["responses"][0]["text"]                                   # temperature 0 in both categories
+    tokenizer, _ = data.load_tokenizer(str(ROOT / "tiny/world/base"))
+    from transformers import AutoModelForCausalLM
+    policy = AutoModelForCausalLM.from_pretrained(ROOT / "tiny/world/base")
+    first, second = ours[0]["responses"]
+    talk = [*ours[0]["prompt"], {"role": "assistant", "content": first["text"]}, {"role": "user", "content": "And the sea?"}]
+    ids = data.render(tokenizer, talk, "here")
+    logits = policy(torch.tensor([ids + second["ids"]])).logits[0, len(ids) - 1:-1]
+    assert logits.argmax(-1).tolist() == second["ids"]                  # greedy, after both turns
+    (tmp_path / "i.json").write_text(json.dumps([{"instruction": "Name a fruit.", "dataset": "d"}]))
+    assert run(*asked, f"--prompts={tmp_path}/i.json", f"--out={tmp_path}/b.jsonl", "--temperature=0").returncode == 0
+    (row,) = json.load(open(tmp_path / "b.model_outputs.json"))
+    assert row.keys() == {"dataset", "instruction", "output", "generator"} and row["output"] == next(data.read(f"{tmp_path}/b.jsonl"))[1]["responses"][0]["text"]
+    done = run(*asked, f"--prompts={tmp_path}/q.jsonl", f"--out={tmp_path}/c.jsonl", "--max_new_tokens=4096")
+    assert done.returncode == 1 and "turn 1 of '1' has no room for 4096 tokens" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------- new instructions
+
+
+@pytest.mark.parametrize("reply, text", [
+    (" Name three rivers.\n\n10. Next", "Name three rivers."), (" Name three rivers.\n10. Next one", "Name three rivers."), ("List:\n1. one\n2. two", "List:\n1. one\n2. two"),
+    (" Add 2 and 3. Answer: 5", "Add 2 and 3."), ("Sum up the data: 1, 2", "Sum up the data: 1, 2"), ("Translate. Example: a. Output: b", "Translate. Example: a. Output: b"),
+    ("Draw a cat", None), ("Describe the image", None), ("Imagine a filed claim", "Imagine a filed claim"), ("Write a program that adds", None), ("- a point", None),
+    ("\u00dcbersetze das", None), ("   \n\n10.", None), ("Where do I go to vote?", None), ("KEEP the Case of Words", "KEEP the Case of Words")])
+def test_the_head_of_a_reply_is_an_instruction_or_is_filtered(generate, reply, text):
+    import collections
+    counts = collections.Counter()
+    assert generate.instruction_of(reply, counts) == text and sum(counts.values()) == (text is None)
+
+
+def test_near_duplicates_are_known_and_others_are_not(generate):
+    known = generate.Known(["Name three rivers of Europe and say how long each of them is.", "Hi"])
+    assert "name three rivers of Europe, and say how long each of them is" in known and "Hi!" in known and "Name three rivers of Europe and say how long each is." not in known
+    assert "Name three lakes of Africa and say how deep each of them is." not in known and "Hello" not in known
+    known.add("Hello")
+    assert "hello" in known
+
+
+def test_topics_share_the_pool_out(generate, monkeypatch):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    texts = [f"cook {w} soup with {w}" for w in ("bean", "leek", "corn")] * 3 + [f"paint {w} walls of {w}" for w in ("red", "blue", "green")] * 3
+    assert generate.topics(texts) == [texts]
+    monkeypatch.setattr(generate, "instruction_clusters", 2)
+    groups = generate.topics(texts)
+    assert len(groups) == 2 and sorted(sum(groups, [])) == sorted(texts) and all(len({t.split()[0] for t in g}) == 1 for g in groups)
+
+
+@pytest.fixture(scope="session")
+def writer(tmp_path_factory):
+    """Folder of a small Llama that was taught to go on with a numbered list: three words, a blank line."""
+    from transformers import AutoModelForCausalLM
+    folder = str(build_model(tmp_path_factory.mktemp("writer") / "model", head_dim=32, max_position_embeddings=2048, initializer_range=0.02))
+    tokenizer, _ = data.load_tokenizer(folder)
+    policy, draw = AutoModelForCausalLM.from_pretrained(folder), random.Random(0)
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-2)
+    words = "name sing tell rivers songs towns of near about europe asia home".split()
+    line = lambda n: " ".join(draw.choices(words, k=n)) + "."
+    for step in range(260):                                             # spelling first, then after long lists
+        rows = []
+        for _ in range(8):
+            items = range(1, 2 if step < 180 else draw.randint(4, 9))
+            start = tokenizer("Tasks.\n" + "".join(f"\n{k}. {line(6)}" for k in items) + "\n9.", add_special_tokens=False).input_ids
+            reply = tokenizer(f" {line(3)}\n\n", add_special_tokens=False).input_ids
+            rows.append((start + reply, [-100] * len(start) + reply))
+        ids, labels = (torch.nn.utils.rnn.pad_sequence([torch.tensor(r[k]) for r in rows], True, v) for k, v in ((0, tokenizer.pad_token_id), (1, -100)))
+        loss = policy(input_ids=ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 1                                                     # of a byte; 3 words of 12 are 7.5 nats in some 18 bytes
+    policy.save_pretrained(folder)
+    return folder
+
+
+def pool(path, n=40):
+    draw = random.Random(1)
+    texts = [" ".join(draw.choices("name sing tell rivers songs towns of near about europe".split(), k=6)) + "." for _ in range(n)]
+    path.write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
+    return texts
+
+
+INSTRUCT = ("--task=instructions", "--engine=transformers", "--dtype=float32", "--max_new_tokens=48", "--iteration=1", "--instruction_temperature=1.0")
+
+
+def test_new_instructions_are_distinct_from_each_other_and_from_the_pool(writer, generate, tmp_path):
+    texts = pool(tmp_path / "pool.jsonl")
+    done = run("generate.py", *INSTRUCT, f"--model={writer}", f"--prompts={tmp_path}/pool.jsonl", f"--out={tmp_path}/new.jsonl", "--n_prompts=30")
+    assert done.returncode == 0, done.stderr
+    made = [r["prompt"][0]["content"] for r in data.read_prompts(f"{tmp_path}/new.jsonl")]
+    known = generate.Known(texts)
+    for text in made:
+        assert text not in known and "\n\n" not in text and not text.startswith("10")
+        known.add(text)
+    counts = json.load(open(tmp_path / "new.manifest.json"))["counts"]
+    assert len(made) == 30 and counts["calls"] % 128 == 0 and counts["prompts"] == len(texts) and not os.path.exists(tmp_path / "new.jsonl.tmp")
+    assert run("generate.py", *INSTRUCT, f"--model={writer}", f"--prompts={tmp_path}/pool.jsonl", f"--out={tmp_path}/again.jsonl", "--n_prompts=30").returncode == 0
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "new.jsonl").read_bytes()
+    two = torchrun(2, "generate.py", *INSTRUCT, f"--model={writer}", f"--prompts={tmp_path}/pool.jsonl", f"--out={tmp_path}/two.jsonl", "--n_prompts=15")
+    assert two.returncode == 0 and len({r["id"] for r in data.read_prompts(f"{tmp_path}/two.jsonl")}) == 15
+
+
+def test_a_policy_that_cannot_write_instructions_is_told_so_in_one_line(world, tmp_path):  # noqa: F811
+    done = run("generate.py", "config/tiny.py", "--task=instructions", "--n_prompts=4", f"--out={tmp_path}/new.jsonl")
+    assert done.returncode == 1 and "0 of 4 distinct instructions after 10 rounds" in done.stderr and "1280 calls" in done.stderr and not os.path.exists(tmp_path / "new.jsonl")
+    pool(tmp_path / "few.jsonl", 3)
+    done = run("generate.py", "config/tiny.py", "--task=instructions", f"--prompts={tmp_path}/few.jsonl", "--n_prompts=4", f"--out={tmp_path}/new.jsonl")
+    assert done.returncode == 1 and "3 prompts that fit; a call shows 8 of them" in done.stderr
+
+
+def test_the_loop_writes_new_instructions_and_answers_those(writer, world, tmp_path):  # noqa: F811
+    texts = pool(tmp_path / "pool.jsonl")
+    done = subprocess.run(["bash", "iterate.sh", "config/tiny.py", f"--model={writer}", f"--prompts={tmp_path}/pool.jsonl", "--prompt_field=prompt", "--new_instructions=12",
+                           "--n_prompts=3", "--iterations=1", "--eval_prompts=", "--max_new_tokens=40", "--n_responses=3", "--batch_size=4", f"--out={tmp_path}/run"],
+                          cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    new, rows = ([r for _, r in data.read(f"{tmp_path}/run/iter_1/{name}.jsonl")] for name in ("prompts", "candidates"))
+    assert len(new) == 12 and [r["id"] for r in new] == [r["id"] for r in rows] and not {r["prompt"][0]["content"] for r in new} & set(texts)
+    assert (tmp_path / "run" / "iter_1" / "model" / "model.safetensors").exists()
