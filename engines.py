@@ -17,12 +17,36 @@ import importlib.util
 import inspect
 import json
 import os
+import shutil
+import subprocess
 import sys
 import threading
+import time
 
 from tqdm import tqdm
 
 from data import DTYPES, control_text, derive_seed, load_tokenizer, pick_device, render, shard
+
+
+def wait_for_gpus(gpus, share, patience=300, pause=5):
+    """Wait until `share` of the memory of each of these GPUs (as nvidia-smi -i names them) is free, saying who holds it.
+
+    A stage before may still be going; after `patience` seconds the program ends. Without nvidia-smi nothing is waited for.
+    """
+    def smi(what):
+        command = ["nvidia-smi", "-i", gpus, f"--query-{what}", "--format=csv,noheader,nounits"]
+        return [line.split(", ") for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines()]
+
+    for left in range(patience, -1, -pause) if shutil.which("nvidia-smi") else ():
+        short = [(name, uuid, int(free), share * int(total)) for name, uuid, free, total in smi("gpu=index,uuid,memory.free,memory.total") if int(free) < share * int(total)]
+        if not short:
+            return
+        name, uuid, free, wanted = short[0]
+        holders = "; ".join(f"process {pid} ({used} MiB, {program})" for owner, pid, used, program in smi("compute-apps=gpu_uuid,pid,used_memory,process_name") if owner == uuid)
+        told = f"GPU {name}: {free} MiB are free, --gpu_memory={share} wants {wanted:.0f}; it is held by {holders or 'a process of another container'}"
+        left >= pause or sys.exit(f"{told}; end that, or lower --gpu_memory")
+        print(f"{told}; waiting, {left} s at most", flush=True)
+        time.sleep(pause)
 
 
 def vllm_engine(model, ends, longest, *, dtype, seed, tensor_parallel, gpu_memory):
@@ -37,6 +61,8 @@ def vllm_engine(model, ends, longest, *, dtype, seed, tensor_parallel, gpu_memor
     torch.cuda.is_initialized() and sys.exit("--engine=vllm: this process uses its GPU already; start the judge as a server and name it with --judge_url")
     if torch.version.cuda and torch.cuda.device_count() != tensor_parallel:
         sys.exit(f"--tensor_parallel={tensor_parallel}: process {first // tensor_parallel} finds {torch.cuda.device_count()} GPUs; start fewer engines")
+    if torch.version.cuda:
+        wait_for_gpus(os.environ["CUDA_VISIBLE_DEVICES"], gpu_memory)
     from vllm import LLM, SamplingParams
     # On a CPU: compiling takes longer than a small model samples, and a prompt prefilled in parts loses the seed of its
     # request ("CPU Generator does not use offset", vLLM 0.32), so every prompt is prefilled whole.

@@ -114,15 +114,10 @@ def candidates(manifest, tokenizer, ends):
     write_blocks(out, manifest, rows, block, work, count)
 
 
-def instruction_of(reply, counts):
-    """The instruction at the head of a reply that went on with the list, or None, and counts why (AIPO's filters)."""
-    text = re.split(r"\n\s*\n|\n10\.", reply)[0].strip()
-    if "example:" not in text.lower():
-        text = ANSWER.split(text)[0].strip()
-    reason = "empty" if not text else "unfit_word" if UNFIT.search(text) else "unfit_start" if UNFIT_START.match(text) else None
-    if reason:
-        counts[reason] += 1
-    return None if reason else text
+def instruction_of(reply):
+    """The instruction at the head of a reply that goes on with the list, cut where an answer begins."""
+    text = re.split(rf"\n\s*\n|\n{EXAMPLES + 2}\.", reply)[0].strip()
+    return text if "example:" in text.lower() else ANSWER.split(text)[0].strip()
 
 
 class Known:
@@ -166,7 +161,8 @@ def instructions(manifest, tokenizer, ends):
     """Self-instruct (2212.10560) as AIPO has it: raw text, eight of the pool as a numbered list, the policy writes the ninth.
 
     Examples come from the pool alone, never from what was written. Rounds of 128 calls, until this process has its share of
-    distinct instructions; the program ends when ten times the calls that would do have not been enough.
+    distinct instructions; the program ends when ten times the calls that would do have not been enough. A killed stage begins anew,
+    with the same calls: this takes minutes.
     """
     pool, counts = read_pool(tokenizer)
     texts = [re.sub(r"\s*\n\s*\n\s*", "\n", row["prompt"][-1]["content"].strip()) for row in pool]
@@ -174,7 +170,7 @@ def instructions(manifest, tokenizer, ends):
     len(texts) >= EXAMPLES or sys.exit(f"{prompts}: {len(texts)} prompts that fit; a call shows {EXAMPLES} of them")
     control, known, groups, made = control_text(tokenizer), Known(texts), topics(texts), []
     counts["prompts"] = len(pool)
-    counts |= dict.fromkeys(("calls", "unfinished", "empty", "unfit_word", "unfit_start", "too_short", "too_long", "control_text", "known"), 0)
+    counts |= dict.fromkeys(("calls", "unfinished", "empty", "unfit", "too_short", "too_long", "control_text", "known"), 0)
     longest = min(LONGEST, max_new_tokens)
     room, rounds = min((EXAMPLES + 1) * max_prompt_tokens, positions(model) - longest), max(10, 10 * wanted // CALLS)
     sample = wanted and load_engine(engine, model, ends, room + longest, config)
@@ -189,19 +185,20 @@ def instructions(manifest, tokenizer, ends):
             ids = tokenizer(HEADING + "".join(f"\n{k}. {text}" for k, text in enumerate(shown, 1)) + f"\n{EXAMPLES + 1}.").input_ids
             if len(ids) <= room:
                 requests.append((ids, derive_seed(seed, iteration, RANK, n, call)))
-        replies = sample(requests, n_responses=1, temperature=instruction_temperature, top_k=50, top_p=0.9, max_new_tokens=longest,
-                         stop=("\n\n", f"\n{EXAMPLES + 2}.")) if requests else []
+        replies = requests and sample(requests, n_responses=1, temperature=instruction_temperature, top_k=50, top_p=0.9, max_new_tokens=longest,
+                                      stop=("\n\n", f"\n{EXAMPLES + 2}."))
         for ((ids, finished, _),) in replies:
             counts["calls"] += 1
-            text = instruction_of(tokenizer.decode(ids, skip_special_tokens=True), counts) if finished else None
-            size = len(tokenizer(text, add_special_tokens=False).input_ids) if text else 0
-            reason = ("unfinished" if not finished else None if text is None else "too_short" if size < max(4, min_prompt_tokens) else "too_long" if size > max_prompt_tokens
-                      else "control_text" if control.search(text) else "known" if text in known else "made")
-            if reason == "made" and len(made) < wanted:
+            text = instruction_of(tokenizer.decode(ids, skip_special_tokens=True))
+            size = len(tokenizer(text, add_special_tokens=False).input_ids)
+            reason = ("unfinished" if not finished else "empty" if not text else "unfit" if UNFIT.search(text) or UNFIT_START.match(text) else
+                      "too_short" if size < max(4, min_prompt_tokens) else "too_long" if size > max_prompt_tokens else
+                      "control_text" if control.search(text) else "known" if text in known else None)
+            if reason:
+                counts[reason] += 1
+            elif len(made) < wanted:
                 known.add(text)
                 made.append(text)
-            elif reason and reason != "made":
-                counts[reason] += 1
     told = ", ".join(f"{v} {k}" for k, v in counts.items() if v)
     len(made) == wanted or sys.exit(f"--task=instructions: {len(made)} of {wanted} distinct instructions after {rounds} rounds ({told}); "
                                     "the policy repeats itself or does not go on with a list: ask for fewer, or raise --instruction_temperature")

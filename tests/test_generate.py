@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import data
+import engines
 from conftest import ROOT, build_model, run, torchrun
 from test_judge import KEY, Judge
 from test_loop import ENV, world  # noqa: F401  (a fixture)
@@ -119,6 +120,29 @@ def test_answers_come_turn_after_turn_in_the_official_formats(world, tmp_path): 
     assert done.returncode == 1 and "turn 1 of '1' has no room for 4096 tokens" in done.stderr
 
 
+def test_a_gpu_that_is_held_is_waited_for_and_its_holder_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "nvidia-smi").write_text(f"""#!{sys.executable}
+import os, sys
+calls = os.path.join({str(tmp_path)!r}, "calls")
+n = os.path.getsize(calls) if os.path.exists(calls) else 0
+if "gpu=" in sys.argv[3]:
+    open(calls, "a").write("x")
+    print("3, GPU-a, " + ("80000" if n >= 2 else "1000") + ", 81000")
+else:
+    print("GPU-b, 1, 5, other")
+    print("GPU-a, 4242, 79000, python train.py")
+""")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    engines.wait_for_gpus("3", 0.9, patience=3, pause=1)
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 2 and told[0] == ("GPU 3: 1000 MiB are free, --gpu_memory=0.9 wants 72900; it is held by process 4242 (79000 MiB, python train.py); "
+                                          "waiting, 3 s at most")
+    (tmp_path / "calls").unlink()
+    with pytest.raises(SystemExit, match="held by process 4242 .*; end that, or lower --gpu_memory"):
+        engines.wait_for_gpus("3", 0.9, patience=1, pause=1)
+
+
 # ---------------------------------------------------------------------------------------------- new instructions
 
 
@@ -128,9 +152,8 @@ def test_answers_come_turn_after_turn_in_the_official_formats(world, tmp_path): 
     ("Draw a cat", None), ("Describe the image", None), ("Imagine a filed claim", "Imagine a filed claim"), ("Write a program that adds", None), ("- a point", None),
     ("\u00dcbersetze das", None), ("   \n\n10.", None), ("Where do I go to vote?", None), ("KEEP the Case of Words", "KEEP the Case of Words")])
 def test_the_head_of_a_reply_is_an_instruction_or_is_filtered(generate, reply, text):
-    import collections
-    counts = collections.Counter()
-    assert generate.instruction_of(reply, counts) == text and sum(counts.values()) == (text is None)
+    found = generate.instruction_of(reply)
+    assert (None if not found or generate.UNFIT.search(found) or generate.UNFIT_START.match(found) else found) == text
 
 
 def test_near_duplicates_are_known_and_others_are_not(generate):

@@ -32,12 +32,12 @@ def test_greedy_output_equals_that_of_transformers_token_by_token(world, tmp_pat
         assert a["prompt_ids"] == b["prompt_ids"] and x["ids"] == y["ids"] and x["finished"] == y["finished"] and abs(x["logp"] - y["logp"]) < 1e-3
 
 
-@pytest.mark.parametrize("prompts", ["eval/alpaca_eval/instructions.json", "prompts/seed_tasks.jsonl"])
-def test_one_iteration_on_human_prompts_ends_with_a_model_that_vllm_loads(world, tmp_path, prompts):  # noqa: F811
+@pytest.mark.parametrize("prompts, without", [("eval/alpaca_eval/instructions.json", ()), ("prompts/seed_tasks.jsonl", ("--eval_prompts=",))])
+def test_one_iteration_on_human_prompts_ends_with_a_model_that_vllm_loads(world, tmp_path, prompts, without):  # noqa: F811
     if not os.path.exists(SHARED / prompts):
         pytest.skip(f"{SHARED / prompts} is not there")
     done = subprocess.run(["bash", "iterate.sh", "config/tiny.py", f"--prompts={SHARED / prompts}", "--n_prompts=16", "--iterations=1", "--n_eval=16",
-                           "--engine=vllm", f"--out={tmp_path}/run"], cwd=ROOT, env=ENV, capture_output=True, text=True)
+                           "--engine=vllm", f"--out={tmp_path}/run", *without], cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     candidates = {r["id"]: r for _, r in data.read(f"{tmp_path}/run/iter_1/candidates.jsonl")}
     _, ends = data.load_tokenizer(str(ROOT / "tiny/world/base"))
@@ -46,8 +46,9 @@ def test_one_iteration_on_human_prompts_ends_with_a_model_that_vllm_loads(world,
     assert all(sum(i in ends for i in r["ids"]) == r["finished"] for r in responses)
     tokenizer, ends = data.load_tokenizer(str(ROOT / "tiny/world/base"))
     assert all(row["prompt_ids"] == data.render(tokenizer, row["prompt"], "here") for row in candidates.values())
-    scores = json.load(open(f"{tmp_path}/run/iter_1/eval.json"))         # answers of the trained policy, by vLLM
-    assert scores["n"] == 16 and scores["length"] > 1
+    if not without:
+        scores = json.load(open(f"{tmp_path}/run/iter_1/eval.json"))     # answers of the trained policy, by vLLM
+        assert scores["n"] == 16 and scores["length"] > 1
 
 
 def serve(model, port, log):
