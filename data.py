@@ -44,7 +44,7 @@ def files(path):
     if os.path.isfile(path):
         return [path]
     stem, suffix = os.path.splitext(path)
-    shards = sorted(glob.glob(f"{stem}-[0-9]*-of-[0-9]*{suffix}"))
+    shards = sorted(f for f in glob.glob(f"{stem}-[0-9]*-of-[0-9]*{suffix}") if re.search(rf"-\d+-of-\d+{re.escape(suffix)}$", f))
     found = shards or sorted(glob.glob(os.path.join(path, "*.jsonl") if os.path.isdir(path) else path))
     if not found:
         sys.exit(f"{path}: no such file")
@@ -88,6 +88,11 @@ def read(path, *required):
                 yield place, row
 
 
+def line_of(record):
+    """A record as a line of JSON; a data set's dates and the like become text."""
+    return json.dumps(record, ensure_ascii=False, default=str) + "\n"
+
+
 @contextlib.contextmanager
 def writing(out, manifest):
     """Yield a function that appends a record to `out`; the file appears under its name when whole, its manifest first.
@@ -97,7 +102,7 @@ def writing(out, manifest):
     out = shard(out)
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     with open(out + ".tmp", "w", encoding="utf-8") as f:
-        yield lambda record: f.write(json.dumps(record, ensure_ascii=False) + "\n")
+        yield lambda record: f.write(line_of(record))
         f.flush()
         os.fsync(f.fileno())
     write_json(manifest_of(out), manifest)
@@ -124,7 +129,7 @@ def write_blocks(out, manifest, rows, size, work, count):
         f.seek(0, os.SEEK_END)
         done and print(f"{part}: goes on behind {done} of {len(rows)} prompts", flush=True)
         for start in range(done, len(rows), size):
-            f.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in work(rows[start:start + size])).encode())
+            f.write("".join(line_of(record) for record in work(rows[start:start + size])).encode())
             f.flush()
             os.fsync(f.fileno())
     with open(part, encoding="utf-8") as f:
@@ -260,22 +265,26 @@ def read_prompts(path, field=""):
     if ":" in path and not os.path.exists(path):
         from datasets import load_dataset
         name, _, split = path.rpartition(":")
-        rows = ((f"{path} row {n}", row) for n, row in enumerate(load_dataset(name, split=split), 1))
+        try:
+            rows = ((f"{path} row {n}", row) for n, row in enumerate(load_dataset(name, split=split), 1))
+        except Exception as e:                                          # hub and file errors come in many classes
+            sys.exit(f"{path}: no such file, and no data set NAME:SPLIT that can be loaded ({str(e).strip().splitlines()[0]})")
     else:
         rows = read(path)
     prompts, seen = [], {}
     for place, row in rows:
         key = field or next((f for f in ("prompt", "messages", "instruction", "turns", "chosen") if f in row), "prompt")
         value = row.get(key)
-        if key == "turns" and isinstance(value, list) and value:        # MT-Bench, Arena-Hard: the first turn is the prompt
-            value = row["turns"][0] if isinstance(row["turns"][0], str) else row["turns"][0].get("content")
+        if key == "turns" and isinstance(value, list):                  # MT-Bench, Arena-Hard: texts, or objects with one
+            row["turns"] = [t.get("content") if isinstance(t, dict) else t for t in value]
+            value = row["turns"][0] if row["turns"] and all(isinstance(t, str) for t in row["turns"]) else None
         if key == "instruction" and isinstance(value, str):             # Alpaca, self-instruct: some come with an input
-            value = "\n\n".join(filter(None, [value, row.get("input") or (row.get("instances") or [{}])[0].get("input")]))
+            extra = row.get("input") or next((i["input"] for i in row.get("instances") or () if isinstance(i, dict) and i.get("input")), "")
+            value = f"{value}\n\n{extra}" if extra else value
         messages = messages_of(value) if key != "chosen" or isinstance(value, list) else None
         messages or sys.exit(f"{place}: '{key}' has to be a text or a list of messages with role and content; --prompt_field names the column")
-        if key in ("messages", "chosen"):                               # a whole conversation: ask for its last answer
-            messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-            messages or sys.exit(f"{place}: '{key}' holds no prompt before the assistant's message")
+        if messages[-1]["role"] == "assistant":                         # a whole conversation: ask for its last answer
+            messages = messages[:-1] or sys.exit(f"{place}: '{key}' holds no prompt before the assistant's message")
         row["id"] = row.get("id", row.get("question_id"))
         given = row.get("id") is not None                               # 0 is an id too
         name = str(row["id"]) if given else hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]

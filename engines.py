@@ -35,7 +35,8 @@ def wait_for_gpus(gpus, share, patience=300, pause=5):
     """
     def smi(what):
         command = ["nvidia-smi", "-i", gpus, f"--query-{what}", "--format=csv,noheader,nounits"]
-        return [line.split(", ") for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines()]
+        lines = (line.split(", ", 3) for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines())
+        return [line for line in lines if len(line) == 4 and line[2].isdigit()]          # not [N/A], not "No devices were found"
 
     for left in range(patience, -1, -pause) if shutil.which("nvidia-smi") else ():
         short = [(name, uuid, int(free), share * int(total)) for name, uuid, free, total in smi("gpu=index,uuid,memory.free,memory.total") if int(free) < share * int(total)]
@@ -109,15 +110,16 @@ def transformers_engine(model, ends, longest, *, dtype, generate_rows):
         """Stops once half of the rows have ended, so that the other half goes on in a smaller batch."""
 
         def __init__(self, rows, width, stop):
-            self.width, self.stop = width, stop
-            self.done, self.stopped = (torch.zeros(rows, dtype=torch.bool, device=device) for _ in range(2))
+            self.width, self.stop, self.done = width, stop, torch.zeros(rows, dtype=torch.bool, device=device)
+            self.stopped = torch.full((rows,), 2**31, device=device)    # length behind a stop text
 
         def __call__(self, ids, scores, **_):
             self.done |= torch.isin(ids[:, -1], end)
             if self.stop:
                 tails = tokenizer.batch_decode(ids[:, max(self.width, ids.shape[1] - 8):])
-                self.stopped |= torch.tensor([any(s in tail for s in self.stop) for tail in tails], device=device)
-            done = self.done | self.stopped
+                hit = torch.tensor([any(s in tail for s in self.stop) for tail in tails], device=device)
+                self.stopped[hit] = self.stopped[hit].clamp(max=ids.shape[1])
+            done = self.done | (self.stopped <= ids.shape[1])
             return done | (done.float().mean() > 0.5)
 
     def sample_rows(rows, temperature, top_k, top_p, max_new_tokens, stop=()):
@@ -137,14 +139,16 @@ def transformers_engine(model, ends, longest, *, dtype, generate_rows):
             logprobs.add(ids)
             steps = torch.cat(logprobs.steps, 1)                                                             # (B, new)
             ended = torch.isin(ids[:, start:], end)
-            steps = steps * (ended.cumsum(1) - ended.long() == 0)       # nothing counts after the end token
+            places = torch.arange(start, ids.shape[1], device=device)   # nothing counts after the end token or the stop text
+            steps = steps * ((ended.cumsum(1) - ended.long() == 0) & (places < criterion.stopped[:, None]))
             logp[going] += steps.sum(1).cpu()
-            done = ended.any(1) | criterion.stopped | (ids.shape[1] >= width + max_new_tokens)
+            stopped = criterion.stopped.tolist()
+            done = ended.any(1) | (criterion.stopped < 2**31) | (ids.shape[1] >= width + max_new_tokens)
             for b in done.nonzero()[:, 0].tolist():
-                response = ids[b, width:].tolist()
+                response = ids[b, width:stopped[b]].tolist()
                 last = next((k for k, token in enumerate(response) if token in ends), None)
                 r = int(going[b])
-                results[r] = (response if last is None else response[:last + 1], last is not None or bool(criterion.stopped[b]), float(logp[r]))
+                results[r] = (response if last is None else response[:last + 1], last is not None or stopped[b] < 2**31, float(logp[r]))
             keep = (~done).nonzero()[:, 0]
             going, ids = going[keep.cpu()], ids[keep]
             mask = torch.cat([mask[keep], mask.new_ones(len(keep), ids.shape[1] - mask.shape[1])], 1)
@@ -206,7 +210,7 @@ def endpoint(url, concurrency):
 
     def one(question):
         try:
-            response = client.chat.completions.with_raw_response.create(**{k: question[k] for k in ("model", "messages", "temperature", "max_tokens")})
+            response = client.chat.completions.with_raw_response.create(**{k: question[k] for k in ("model", "messages", "temperature", "top_p", "max_tokens") if k in question})
         except APIStatusError as e:
             if e.status_code not in (400, 413, 422):
                 raise
@@ -215,7 +219,8 @@ def endpoint(url, concurrency):
         try:
             body = json.loads(text)
             choice = body["choices"][0]
-            return {"reply": "" + (choice["message"]["content"] or ""), "finish": choice.get("finish_reason"), "usage": {**(body.get("usage") or {})}}
+            content = "" + (choice["message"]["content"] or "")
+            return {"reply": content.encode(errors="replace").decode(), "finish": choice.get("finish_reason"), "usage": {**(body.get("usage") or {})}}
         except (ValueError, LookupError, TypeError):                    # status 200 and no answer in it: kept, and unreadable
             return {"reply": text[:1000]}
 

@@ -38,6 +38,7 @@ top_p = 1.0                             # nucleus
 max_new_tokens = 2048                   # longest response, end token included
 max_prompt_tokens = 512                 # longer prompts are dropped, template included (AIPO: 512)
 min_prompt_tokens = 0                   # shorter instructions are dropped, template not included (AIPO: 3)
+answer_name = ""                        # the model's name in official answer files; empty: the last part of its path
 instruction_temperature = 0.5           # of new instructions (AIPO's repository: 0.5, top_p 0.9, top_k 50)
 instruction_clusters = 0                # topics of the pool (k-means over TF-IDF) that examples are drawn from in turn; 0: from all of it
 dtype = "bfloat16"                      # of the computation; float32 on CPUs
@@ -50,14 +51,14 @@ config = configure(globals())
 
 CATEGORIES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0}   # FastChat's
 HEADING = "Here are tasks that people have given to an assistant. All are different in topic, form and length.\n"
-EXAMPLES, CALLS, LONGEST = 8, 128, 1024                                 # of the pool in a call, calls in a round, tokens of a reply (AIPO)
+EXAMPLES, CALLS, LONGEST = 8, 128, 1024                                 # of the pool in a call, calls in a round at least, tokens of a reply (AIPO)
 UNFIT = re.compile(r"\b(images?|graphs?|pictures?|files?|maps?|draw|plot|go to)\b", re.IGNORECASE)
 UNFIT_START = re.compile(r"write a program|detailed instructions:|task definition:|[^\w\s]|[^\x00-\x7f]", re.IGNORECASE)
-ANSWER = re.compile(r"\b(answer|output|solution|a):", re.IGNORECASE)
+ANSWER = re.compile(r"\b(?:answer|output|solution):|^\s*a:(?!.*^\s*b:)", re.IGNORECASE | re.MULTILINE | re.DOTALL)
 
 
-def read_pool(tokenizer):
-    """(prompts that fit, with prompt_ids; counts of what was dropped and why)."""
+def read_pool(tokenizer, room):
+    """(prompts that fit into max_prompt_tokens and `room`, with prompt_ids; counts of what was dropped and why)."""
     counts, pool = {"prompts": 0, "control_text": 0, "too_long": 0, "too_short": 0}, []
     if tokenizer is None:                                               # an endpoint's model: its server knows its limits
         return read_prompts(prompts, prompt_field), counts
@@ -67,7 +68,7 @@ def read_pool(tokenizer):
             counts["control_text"] += 1
             continue
         row["prompt_ids"] = render(tokenizer, row["prompt"], f"{prompts}: prompt '{row['id']}'")
-        if len(row["prompt_ids"]) > max_prompt_tokens:
+        if len(row["prompt_ids"]) > min(max_prompt_tokens, room):
             counts["too_long"] += 1
         elif min_prompt_tokens and len(tokenizer(row["prompt"][-1]["content"], add_special_tokens=False).input_ids) < min_prompt_tokens:
             counts["too_short"] += 1
@@ -78,7 +79,8 @@ def read_pool(tokenizer):
 
 
 def candidates(manifest, tokenizer, ends):
-    pool, counts = read_pool(tokenizer)
+    limit = 2**31 if tokenizer is None else positions(model)
+    pool, counts = read_pool(tokenizer, limit - max_new_tokens)
     if n_prompts:
         random.Random(seed).shuffle(pool)
         first = max(iteration - 1, 0) * n_prompts
@@ -86,24 +88,15 @@ def candidates(manifest, tokenizer, ends):
     counts["prompts"], rows = len(pool), pool[RANK::WORLD_SIZE]
 
     def count(records):
-        lengths, finished = [], 0
-        for record in records:
-            lengths += [len(r.get("ids", ())) for r in record["responses"]]
-            finished += sum(r["finished"] for r in record["responses"])
-        print(f"{len(rows)} prompts, {len(lengths)} responses of {sum(lengths) / max(1, len(lengths)):.1f} tokens, {finished / max(1, len(lengths)):.0%} finished",
-              "->", shard(out))
-        return counts | {"responses": len(lengths), "tokens": sum(lengths), "finished": finished}
+        responses = [(len(r.get("ids", ())), r["finished"]) for record in records for r in record["responses"]]
+        responses or not rows or sys.exit(f"--engine_url={engine_url}: not one answer; {shard(out)[:-6]}.replies says why")
+        tokens, finished, each = sum(n for n, _ in responses), sum(done for _, done in responses), max(1, len(responses))
+        print(f"{len(rows)} prompts, {len(responses)} responses of {tokens / each:.1f} tokens, {finished / each:.0%} finished -> {shard(out)}")
+        return counts | {"responses": len(responses), "tokens": tokens, "finished": finished}
 
-    if tokenizer is None:
-        answers = endpoint(engine_url, 16)
-
-        def work(rows):
-            questions = [{"model": model, "messages": row["prompt"], "temperature": temperature, "max_tokens": max_new_tokens, "about": [row["id"], k]}
-                         for row in rows for k in range(n_responses)]
-            replies = iter(ask(questions, out, answers))
-            return [row | {"responses": [{"text": r["reply"], "finished": r.get("finish") == "stop"} for r in itertools.islice(replies, n_responses)]} for row in rows]
-    else:
-        sample = rows and load_engine(engine, model, ends, max_prompt_tokens + max_new_tokens, config)     # fewer prompts than processes
+    work = from_endpoint
+    if tokenizer is not None and rows:                                  # fewer prompts than processes
+        sample = load_engine(engine, model, ends, min(max_prompt_tokens + max_new_tokens, limit), config)
 
         def work(rows):
             requests = [(row["prompt_ids"], derive_seed(seed, iteration, row["id"])) for row in rows]
@@ -112,6 +105,15 @@ def candidates(manifest, tokenizer, ends):
                                          for ids, finished, logp in responses]} for row, responses in zip(rows, sampled)]
 
     write_blocks(out, manifest, rows, block, work, count)
+
+
+def from_endpoint(rows):
+    """The rows with the responses of a model behind engine_url, as text; what it refused to answer is missing among them."""
+    questions = [{"model": model, "messages": row["prompt"], "temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens, "about": [row["id"], k]}
+                 for row in rows for k in range(n_responses)]
+    replies = iter(ask(questions, out, endpoint(engine_url, 16)))
+    return [row | {"responses": [{"text": r["reply"], "finished": r["finish"] == "stop"} for r in itertools.islice(replies, n_responses) if "finish" in r]}
+            for row in rows]
 
 
 def instruction_of(reply):
@@ -160,11 +162,11 @@ def topics(texts):
 def instructions(manifest, tokenizer, ends):
     """Self-instruct (2212.10560) as AIPO has it: raw text, eight of the pool as a numbered list, the policy writes the ninth.
 
-    Examples come from the pool alone, never from what was written. Rounds of 128 calls, until this process has its share of
-    distinct instructions; the program ends when ten times the calls that would do have not been enough. A killed stage begins anew,
-    with the same calls: this takes minutes.
+    Examples come from the pool alone, never from what was written. Calls go out in rounds until this process has its share of
+    instructions that differ from each other and from the pool; the program ends when ten times as many calls have not been enough.
+    A killed stage begins anew, with the same calls. Processes do not see each other's instructions.
     """
-    pool, counts = read_pool(tokenizer)
+    pool, counts = read_pool(tokenizer, max_prompt_tokens)
     texts = [re.sub(r"\s*\n\s*\n\s*", "\n", row["prompt"][-1]["content"].strip()) for row in pool]
     wanted = len(range(RANK, n_prompts or sys.exit("--n_prompts is not set: how many instructions to write"), WORLD_SIZE))
     len(texts) >= EXAMPLES or sys.exit(f"{prompts}: {len(texts)} prompts that fit; a call shows {EXAMPLES} of them")
@@ -172,21 +174,22 @@ def instructions(manifest, tokenizer, ends):
     counts["prompts"] = len(pool)
     counts |= dict.fromkeys(("calls", "unfinished", "empty", "unfit", "too_short", "too_long", "control_text", "known"), 0)
     longest = min(LONGEST, max_new_tokens)
-    room, rounds = min((EXAMPLES + 1) * max_prompt_tokens, positions(model) - longest), max(10, 10 * wanted // CALLS)
+    room = min((EXAMPLES + 1) * max_prompt_tokens, positions(model) - longest)
     sample = wanted and load_engine(engine, model, ends, room + longest, config)
-    for n in range(rounds):
-        if len(made) == wanted:
+    for n in itertools.count():
+        if len(made) == wanted or counts["calls"] >= 10 * max(wanted, CALLS):
             break
         draw, requests = random.Random(derive_seed(seed, iteration, RANK, n)), []
-        for call in range(CALLS):
-            group = groups[(n * CALLS + call) % len(groups)]
+        for call in range(max(CALLS, min(4096, 5 * (wanted - len(made)) // 4))):
+            group = groups[call % len(groups)]
             shown = draw.sample(group, min(EXAMPLES, len(group)))
-            shown += draw.sample(texts, EXAMPLES - len(shown))          # a small topic
+            shown += draw.sample([t for t in texts if t not in shown], EXAMPLES - len(shown)) if len(shown) < EXAMPLES else []       # a small topic
             ids = tokenizer(HEADING + "".join(f"\n{k}. {text}" for k, text in enumerate(shown, 1)) + f"\n{EXAMPLES + 1}.").input_ids
             if len(ids) <= room:
                 requests.append((ids, derive_seed(seed, iteration, RANK, n, call)))
-        replies = requests and sample(requests, n_responses=1, temperature=instruction_temperature, top_k=50, top_p=0.9, max_new_tokens=longest,
-                                      stop=("\n\n", f"\n{EXAMPLES + 2}."))
+        requests or sys.exit(f"--task=instructions: {EXAMPLES} examples do not fit into {room} tokens; lower --max_prompt_tokens or --max_new_tokens")
+        replies = sample(requests, n_responses=1, temperature=instruction_temperature, top_k=50, top_p=0.9, max_new_tokens=longest,
+                         stop=("\n\n", f"\n{EXAMPLES + 2}."))
         for ((ids, finished, _),) in replies:
             counts["calls"] += 1
             text = instruction_of(tokenizer.decode(ids, skip_special_tokens=True))
@@ -199,8 +202,9 @@ def instructions(manifest, tokenizer, ends):
             elif len(made) < wanted:
                 known.add(text)
                 made.append(text)
+        print(f"round {n + 1}: {len(made)} of {wanted} instructions after {counts['calls']} calls", flush=True)
     told = ", ".join(f"{v} {k}" for k, v in counts.items() if v)
-    len(made) == wanted or sys.exit(f"--task=instructions: {len(made)} of {wanted} distinct instructions after {rounds} rounds ({told}); "
+    len(made) == wanted or sys.exit(f"--task=instructions: {len(made)} of {wanted} distinct instructions ({told}); "
                                     "the policy repeats itself or does not go on with a list: ask for fewer, or raise --instruction_temperature")
     manifest["counts"] = counts
     with writing(out, manifest) as write:
@@ -210,44 +214,47 @@ def instructions(manifest, tokenizer, ends):
 
 
 def answers(manifest, tokenizer, ends):
-    """One response to each prompt, and to each further turn of a benchmark's question, in its official format besides ours."""
-    pool, counts = read_pool(tokenizer)
-    rows, name = pool[RANK::WORLD_SIZE], os.path.basename(model.rstrip("/"))
-    turns = max((len(row.get("turns", [0])) for row in rows), default=1)
-    longest = min(turns * (max_prompt_tokens + max_new_tokens), positions(model))
-    sample = rows and load_engine(engine, model, ends, longest, config)
-    for row in rows:
-        row["responses"], row["conversation"] = [], list(row["prompt"])
-    for turn in range(turns):
-        asked = [row for row in rows if turn < len(row.get("turns", [0]))]
-        for row in asked if turn else ():
-            said = row["turns"][turn]
-            row["conversation"].append({"role": "user", "content": said if isinstance(said, str) else said["content"]})
-        heat = lambda row: CATEGORIES.get(row.get("category"), temperature)
-        for t in sorted({heat(row) for row in asked}):
-            group = [row for row in asked if heat(row) == t]
-            ids = [render(tokenizer, row["conversation"], f"{prompts}: prompt '{row['id']}'") for row in group]
-            long = [row["id"] for row, i in zip(group, ids) if len(i) + max_new_tokens > longest]
-            long and sys.exit(f"{prompts}: turn {turn + 1} of '{long[0]}' has no room for {max_new_tokens} tokens in this model's {longest}: lower --max_new_tokens")
-            requests = [(i, derive_seed(seed, iteration, row["id"], turn)) for row, i in zip(group, ids)]
-            for row, ((response, finished, logp),) in zip(group, sample(requests, n_responses=1, temperature=t, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens)):
-                text = tokenizer.decode(response, skip_special_tokens=True)
-                row["responses"].append({"text": text, "ids": response, "finished": finished, "logp": logp})
-                row["conversation"].append({"role": "assistant", "content": text})
-    counts |= {"prompts": len(pool), "responses": sum(len(row["responses"]) for row in rows)}
-    manifest["counts"], stem = counts, os.path.splitext(shard(out))[0]
-    official = [{"question_id": row.get("question_id", row["id"]), "answer_id": f"{name}-{row['id']}", "model_id": name, "tstamp": 0, "choices": [
-        {"index": 0, "turns": [r["text"] if isinstance(row["turns"][0], str) else {"content": r["text"]} for r in row["responses"]]}]} for row in rows if "turns" in row]
-    outputs = [{"dataset": row.get("dataset", ""), "instruction": row["instruction"], "output": row["responses"][0]["text"], "generator": name} for row in rows if "instruction" in row]
+    """One response to each prompt, and to each further turn of a benchmark's question; nothing is dropped.
+
+    Our records carry the first turn's in `responses` and those of further turns in `later_responses`; beside them stand the
+    official files: questions with turns as FastChat's and Arena-Hard's model answers, instructions as AlpacaEval's outputs.
+    """
+    rows = read_prompts(prompts, prompt_field)[:n_prompts or None][RANK::WORLD_SIZE]
+    control, limit, name = control_text(tokenizer), positions(model), answer_name or os.path.basename(model.rstrip("/"))
+    questions = [row["turns"] if "turns" in row else [row["prompt"][-1]["content"]] for row in rows]
+    talks, given = [list(row["prompt"]) for row in rows], [[] for _ in rows]
+    heats = [CATEGORIES.get(row["category"], temperature) if "turns" in row and isinstance(row.get("category"), str) else temperature for row in rows]
+    for row, turns, talk in zip(rows, questions, talks):
+        row["prompt_ids"] = render(tokenizer, talk, f"{prompts}: prompt '{row['id']}'", control)
+        size = len(row["prompt_ids"]) + len(turns) * (max_new_tokens + 32) + len(tokenizer("".join(turns[1:])).input_ids)
+        size - 32 <= limit or sys.exit(f"{prompts}: '{row['id']}' may take {size - 32} tokens with its answers, this model has {limit}: lower --max_new_tokens")
+    sample = rows and load_engine(engine, model, ends, limit, config)
+    for turn in range(max(map(len, questions), default=0)):
+        for heat in sorted({heats[k] for k in range(len(rows)) if turn < len(questions[k])}):
+            asked = [k for k in range(len(rows)) if turn < len(questions[k]) and heats[k] == heat]
+            for k in asked if turn else ():
+                talks[k].append({"role": "user", "content": questions[k][turn]})
+            requests = [(render(tokenizer, talks[k], f"{prompts}: prompt '{rows[k]['id']}'", control), derive_seed(seed, iteration, rows[k]["id"], turn)) for k in asked]
+            sampled = sample(requests, n_responses=1, temperature=heat, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens)
+            for k, ((ids, finished, logp),) in zip(asked, sampled):
+                given[k].append({"text": tokenizer.decode(ids, skip_special_tokens=True), "ids": ids, "finished": finished, "logp": logp})
+                talks[k].append({"role": "assistant", "content": given[k][-1]["text"]})
+    manifest["counts"] = {"prompts": len(rows), "responses": sum(map(len, given))}
+    stem = os.path.splitext(shard(out))[0]
+    official = [{"question_id": row.get("question_id", row["id"]), "answer_id": f"{name}-{row['id']}", "model_id": name, "tstamp": 0, "choices": [{"index": 0, "turns": [
+        r["text"] if len(turns) > 1 else {"content": r["text"], "token_len": len(r["ids"])} for r in responses]}]}
+        for row, turns, responses in zip(rows, questions, given) if "turns" in row]
+    outputs = [{"dataset": row.get("dataset", ""), "instruction": row["instruction"], "output": r[0]["text"], "generator": name} for row, r in zip(rows, given) if "instruction" in row]
     with writing(out, manifest) as write:
-        for row in rows:
-            write({k: v for k, v in row.items() if k != "conversation"})
+        for row, responses in zip(rows, given):
+            write(row | {"responses": responses[:1]} | ({"later_responses": responses[1:]} if "turns" in row else {}))
         if official:
-            with open(stem + ".model_answer.jsonl", "w", encoding="utf-8") as f:
+            with open(stem + ".model_answer.tmp", "w", encoding="utf-8") as f:
                 f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in official)
+            os.replace(stem + ".model_answer.tmp", stem + ".model_answer.jsonl")
         if outputs:
             write_json(stem + ".model_outputs.json", outputs)
-    print(", ".join(f"{v} {k}" for k, v in counts.items() if v), "->", shard(out))
+    print(f"{len(rows)} prompts, {manifest['counts']['responses']} responses -> {shard(out)}")
 
 
 def main():

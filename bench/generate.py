@@ -4,7 +4,7 @@
     python bench/generate.py --prompts=1000 --rounds=3 --model=MODEL --max_new_tokens=2048 --dtype=bfloat16
 
 Bare is one llm.generate call on ids, its outputs dropped. Ours is counted from the loaded engine to the finished file: requests, ids to text,
-records, blocks. Each side is a process of its own.
+records (in one block up to 2,048 prompts). Each side is a process of its own.
 """
 import json
 import os
@@ -23,7 +23,7 @@ def side(name, folder):
     """Print {seconds, tokens}."""
     from data import derive_seed, read
     sys.argv = ["generate.py", f"--model={asked['model']}", f"--prompts={folder}/prompts.jsonl", f"--out={folder}/{name}.jsonl", "--engine=vllm", "--n_responses=5",
-                "--temperature=1.0", f"--max_new_tokens={asked['max_new_tokens']}", f"--dtype={asked['dtype']}", "--block=100000"]
+                "--temperature=1.0", f"--max_new_tokens={asked['max_new_tokens']}", f"--dtype={asked['dtype']}"]
     import generate
     load, began = generate.load_engine, []
 
@@ -42,7 +42,7 @@ def side(name, folder):
         tokens = sum(len(r["ids"]) for _, row in read(f"{folder}/ours.jsonl") for r in row["responses"])
     else:
         tokenizer, ends = generate.load_tokenizer(asked["model"])
-        rows, _ = generate.read_pool(tokenizer)
+        rows, _ = generate.read_pool(tokenizer, generate.max_prompt_tokens)
         llm = timed("vllm", asked["model"], ends, generate.max_prompt_tokens + generate.max_new_tokens, generate.config)
         from vllm import SamplingParams
         settings = [SamplingParams(n=5, temperature=1.0, top_k=50, top_p=1.0, max_tokens=generate.max_new_tokens, seed=derive_seed(0, 0, row["id"]), logprobs=0,

@@ -90,6 +90,9 @@ def test_an_endpoint_writes_candidates_that_a_kill_does_not_ask_twice(tmp_path):
     assert [row["responses"][0]["finished"] for row in rows] == [True, True, True, False, True, True]
     os.remove(tmp_path / "c.jsonl")
     assert run(*asked).returncode == 0 and sum(server.asked.values()) == 12
+    broken = Judge(misbehave=lambda server, handler, text: handler.reply(*(({"error": {"message": "no such parameter"}}, 400) if "1" in text else (b"<html>",))) is None)
+    done = run(*(a.replace(server.url, broken.url).replace("c.jsonl", "d.jsonl") for a in asked))
+    assert done.returncode == 1 and "not one answer" in done.stderr and not os.path.exists(tmp_path / "d.jsonl")
     refused = run(*(a for a in asked if "engine_url" not in a), "--iteration=1")
     assert refused.returncode == 1 and "--engine=openai: writes candidates, wants --engine_url" in refused.stderr
 
@@ -101,13 +104,15 @@ def test_answers_come_turn_after_turn_in_the_official_formats(world, tmp_path): 
     asked = ("generate.py", "config/tiny.py", "--task=answers", "--n_prompts=0")
     assert run(*asked, f"--prompts={tmp_path}/q.jsonl", f"--out={tmp_path}/a.jsonl", "--max_new_tokens=16").returncode == 0
     ours, official = ([r for _, r in data.read(f"{tmp_path}/{name}.jsonl")] for name in ("a", "a.model_answer"))
-    assert [len(r["responses"]) for r in ours] == [2, 1, 2] and [r["question_id"] for r in official] == [1, 2, 3] and {r["model_id"] for r in official} == {"base"}
-    assert [r["choices"][0]["turns"] for r in official] == [[x["text"] for x in r["responses"]] for r in ours]
+    given = [r["responses"] + r["later_responses"] for r in ours]
+    assert [len(r) for r in given] == [2, 1, 2] and [r["question_id"] for r in official] == [1, 2, 3] and {r["model_id"] for r in official} == {"base"}
+    assert [r["choices"][0]["turns"] for r in official[::2]] == [[x["text"] for x in r] for r in given[::2]]
+    assert official[1]["choices"][0]["turns"] == [{"content": given[1][0]["text"], "token_len": len(given[1][0]["ids"])}]      # one turn: Arena-Hard's form
     assert ours[0]["responses"][0]["text"] == ours[2]["responses"][0]["text"]                                   # temperature 0 in both categories
     tokenizer, _ = data.load_tokenizer(str(ROOT / "tiny/world/base"))
     from transformers import AutoModelForCausalLM
     policy = AutoModelForCausalLM.from_pretrained(ROOT / "tiny/world/base")
-    first, second = ours[0]["responses"]
+    first, second = given[0]
     talk = [*ours[0]["prompt"], {"role": "assistant", "content": first["text"]}, {"role": "user", "content": "And the sea?"}]
     ids = data.render(tokenizer, talk, "here")
     logits = policy(torch.tensor([ids + second["ids"]])).logits[0, len(ids) - 1:-1]
@@ -117,7 +122,9 @@ def test_answers_come_turn_after_turn_in_the_official_formats(world, tmp_path): 
     (row,) = json.load(open(tmp_path / "b.model_outputs.json"))
     assert row.keys() == {"dataset", "instruction", "output", "generator"} and row["output"] == next(data.read(f"{tmp_path}/b.jsonl"))[1]["responses"][0]["text"]
     done = run(*asked, f"--prompts={tmp_path}/q.jsonl", f"--out={tmp_path}/c.jsonl", "--max_new_tokens=4096")
-    assert done.returncode == 1 and "turn 1 of '1' has no room for 4096 tokens" in done.stderr
+    assert done.returncode == 1 and "'1' may take " in done.stderr and "lower --max_new_tokens" in done.stderr
+    two = torchrun(2, *asked, f"--prompts={tmp_path}/q.jsonl", f"--out={tmp_path}/d.jsonl", "--max_new_tokens=16", "--answer_name=me")
+    assert two.returncode == 0 and len(list(data.read(f"{tmp_path}/d.jsonl"))) == len(list(data.read(f"{tmp_path}/d.model_answer.jsonl".replace("d.", "d-0000?-of-00002.")))) == 3
 
 
 def test_a_gpu_that_is_held_is_waited_for_and_its_holder_named(tmp_path, monkeypatch, capsys):
@@ -143,13 +150,31 @@ else:
         engines.wait_for_gpus("3", 0.9, patience=1, pause=1)
 
 
+def test_a_stop_text_ends_a_response_without_an_end_token_and_its_log_prob_is_that_of_its_ids(world):  # noqa: F811
+    from transformers import AutoModelForCausalLM
+    model = str(ROOT / "tiny/world/base")
+    tokenizer, ends = data.load_tokenizer(model)
+    rows = data.read_prompts(str(ROOT / "tiny/world/prompts.jsonl"))[:12]
+    ids = [data.render(tokenizer, row["prompt"], "here") for row in rows]
+    sample = engines.load_engine("transformers", model, ends, 600, {"dtype": "float32", "generate_rows": 64})
+    told = sample([(i, k) for k, i in enumerate(ids)], n_responses=2, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=24, stop=("e", "a"))
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    for prompt, responses in zip(ids, told):
+        for response, finished, logp in responses:
+            text = tokenizer.decode(response, skip_special_tokens=True)
+            assert finished and (set(text) & {"e", "a"} and not set(response) & ends or response[-1] in ends)
+            logits = policy(torch.tensor([prompt + response])).logits.log_softmax(-1)[0, len(prompt) - 1:-1]
+            assert abs(logits.gather(1, torch.tensor(response)[:, None]).sum().item() - logp) < 1e-3
+    assert sum(not set(r) & ends for responses in told for r, *_ in responses) > 12
+
+
 # ---------------------------------------------------------------------------------------------- new instructions
 
 
 @pytest.mark.parametrize("reply, text", [
     (" Name three rivers.\n\n10. Next", "Name three rivers."), (" Name three rivers.\n10. Next one", "Name three rivers."), ("List:\n1. one\n2. two", "List:\n1. one\n2. two"),
     (" Add 2 and 3. Answer: 5", "Add 2 and 3."), ("Sum up the data: 1, 2", "Sum up the data: 1, 2"), ("Translate. Example: a. Output: b", "Translate. Example: a. Output: b"),
-    ("Draw a cat", None), ("Describe the image", None), ("Imagine a filed claim", "Imagine a filed claim"), ("Write a program that adds", None), ("- a point", None),
+    ("Which?\nA: x\nB: y", "Which?\nA: x\nB: y"), ("Name one.\nA: x", "Name one."), ("What does vitamin A: do", "What does vitamin A: do"), ("Draw a cat", None), ("Describe the image", None), ("Imagine a filed claim", "Imagine a filed claim"), ("Write a program that adds", None), ("- a point", None),
     ("\u00dcbersetze das", None), ("   \n\n10.", None), ("Where do I go to vote?", None), ("KEEP the Case of Words", "KEEP the Case of Words")])
 def test_the_head_of_a_reply_is_an_instruction_or_is_filtered(generate, reply, text):
     found = generate.instruction_of(reply)
@@ -229,7 +254,7 @@ def test_new_instructions_are_distinct_from_each_other_and_from_the_pool(writer,
 
 def test_a_policy_that_cannot_write_instructions_is_told_so_in_one_line(world, tmp_path):  # noqa: F811
     done = run("generate.py", "config/tiny.py", "--task=instructions", "--n_prompts=4", f"--out={tmp_path}/new.jsonl")
-    assert done.returncode == 1 and "0 of 4 distinct instructions after 10 rounds" in done.stderr and "1280 calls" in done.stderr and not os.path.exists(tmp_path / "new.jsonl")
+    assert done.returncode == 1 and "0 of 4 distinct instructions" in done.stderr and "1280 calls" in done.stderr and not os.path.exists(tmp_path / "new.jsonl")
     pool(tmp_path / "few.jsonl", 3)
     done = run("generate.py", "config/tiny.py", "--task=instructions", f"--prompts={tmp_path}/few.jsonl", "--n_prompts=4", f"--out={tmp_path}/new.jsonl")
     assert done.returncode == 1 and "3 prompts that fit; a call shows 8 of them" in done.stderr
