@@ -74,7 +74,8 @@ def read_pool(tokenizer, room):
             counts["too_short"] += 1
         else:
             pool.append(row)
-    pool or sys.exit(f"{prompts}: no prompt is left ({', '.join(f'{v} {k}' for k, v in counts.items() if v)})")
+    pool or sys.exit(f"{prompts}: no prompt is left ({counts['control_text']} with control text, {counts['too_long']} above max_prompt_tokens, "
+                     f"{counts['too_short']} below min_prompt_tokens)")
     return pool, counts
 
 
