@@ -90,7 +90,6 @@ def candidates(manifest, tokenizer, ends):
 
     def count(records):
         responses = [(len(r.get("ids", ())), r["finished"]) for record in records for r in record["responses"]]
-        responses or not rows or sys.exit(f"--engine_url={engine_url}: not one answer; {shard(out)[:-6]}.replies says why")
         tokens, finished, each = sum(n for n, _ in responses), sum(done for _, done in responses), max(1, len(responses))
         print(f"{len(rows)} prompts, {len(responses)} responses of {tokens / each:.1f} tokens, {finished / each:.0%} finished -> {shard(out)}")
         return counts | {"responses": len(responses), "tokens": tokens, "finished": finished}
@@ -112,7 +111,9 @@ def from_endpoint(rows):
     """The rows with the responses of a model behind engine_url, as text; what it refused to answer is missing among them."""
     questions = [{"model": model, "messages": row["prompt"], "temperature": temperature, "top_p": top_p, "max_tokens": max_new_tokens, "about": [row["id"], k]}
                  for row in rows for k in range(n_responses)]
-    replies = iter(ask(questions, out, endpoint(engine_url, 16)))
+    replies = ask(questions, out, endpoint(engine_url, 16))
+    any("finish" in r for r in replies) or sys.exit(f"{engine_url}: not one answer to {len(questions)} questions; the first reply: {replies[0]}")
+    replies = iter(replies)
     return [row | {"responses": [{"text": r["reply"], "finished": r["finish"] == "stop"} for r in itertools.islice(replies, n_responses) if "finish" in r]}
             for row in rows]
 

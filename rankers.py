@@ -123,6 +123,7 @@ def answer(model, counts, *, reward_temperature):
 
 # ---------------------------------------------------------------------------------------------- a language model as judge
 
+
 def read_score(reply):
     """The last line "Score: N" of a reply, 0 to 5, or None."""
     found = re.findall(r"^\W*(?:final )?score\b\W*(?:is\W*)?(\d+(?:\.\d+)?)", reply, re.IGNORECASE | re.MULTILINE)

@@ -90,9 +90,12 @@ def test_an_endpoint_writes_candidates_that_a_kill_does_not_ask_twice(tmp_path):
     assert [row["responses"][0]["finished"] for row in rows] == [True, True, True, False, True, True]
     os.remove(tmp_path / "c.jsonl")
     assert run(*asked).returncode == 0 and sum(server.asked.values()) == 12
-    broken = Judge(misbehave=lambda server, handler, text: handler.reply(*(({"error": {"message": "no such parameter"}}, 400) if "1" in text else (b"<html>",))) is None)
-    done = run(*(a.replace(server.url, broken.url).replace("c.jsonl", "d.jsonl") for a in asked))
-    assert done.returncode == 1 and "not one answer" in done.stderr and not os.path.exists(tmp_path / "d.jsonl")
+    broken = Judge(misbehave=lambda server, handler, text: handler.reply({"error": {"message": "no such parameter"}}, 400) is None)
+    again = [a.replace("c.jsonl", "d.jsonl") for a in asked]
+    done = run(*(a.replace(server.url, broken.url) for a in again))
+    assert done.returncode == 1 and "not one answer to 8 questions" in done.stderr and "no such parameter" in done.stderr
+    assert not os.path.exists(tmp_path / "d.jsonl") and run(*again).returncode == 0         # refused is not answered: asked again
+    assert [len(row["responses"]) for _, row in data.read(f"{tmp_path}/d.jsonl")] == [2] * 6
     refused = run(*(a for a in asked if "engine_url" not in a), "--iteration=1")
     assert refused.returncode == 1 and "--engine=openai: writes candidates, wants --engine_url" in refused.stderr
 
