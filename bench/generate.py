@@ -1,10 +1,10 @@
 """generate.py against the bare engine: the same vLLM, prompts, seeds and settings, alternating, tokens per second after start-up.
 
     python bench/generate.py                    vLLM's CPU build (make vllm) or a GPU's; the embedded world's base model (tiny/prepare.py)
-    python bench/generate.py --prompts=1000 --rounds=3 --model=MODEL --max_new_tokens=2048 --dtype=bfloat16
+    python bench/generate.py --prompts=1000 --rounds=3 --model=MODEL --max_new_tokens=2048 --dtype=bfloat16 --block=512
 
 Bare is one llm.generate call on ids, its outputs dropped. Ours is counted from the loaded engine to the finished file: requests, ids to text,
-records (in one block up to 2,048 prompts). Each side is a process of its own.
+records, and with fewer prompts in a block than there are the gaps between blocks too. Each side is a process of its own.
 """
 import json
 import os
@@ -15,7 +15,7 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
-asked = {"prompts": "1000", "rounds": "3", "model": os.path.join(HERE, "..", "tiny/world/base"), "max_new_tokens": "64", "dtype": "float32"}
+asked = {"prompts": "1000", "rounds": "3", "model": os.path.join(HERE, "..", "tiny/world/base"), "max_new_tokens": "64", "dtype": "float32", "block": "2048"}
 asked |= dict(a.lstrip("-").split("=") for a in sys.argv[1:] if "=" in a)
 
 
@@ -23,7 +23,7 @@ def side(name, folder):
     """Print {seconds, tokens}."""
     from data import derive_seed, read
     sys.argv = ["generate.py", f"--model={asked['model']}", f"--prompts={folder}/prompts.jsonl", f"--out={folder}/{name}.jsonl", "--engine=vllm", "--n_responses=5",
-                "--temperature=1.0", f"--max_new_tokens={asked['max_new_tokens']}", f"--dtype={asked['dtype']}"]
+                "--temperature=1.0", f"--max_new_tokens={asked['max_new_tokens']}", f"--dtype={asked['dtype']}", f"--block={asked['block']}"]
     import generate
     load, began = generate.load_engine, []
 
