@@ -145,10 +145,10 @@ def write_json(path, value):
     os.replace(path + ".tmp", path)
 
 
-def shard(out):
-    """The file this process writes."""
+def shard(out, rank=RANK):
+    """The file this process writes, or another one."""
     stem, suffix = os.path.splitext(out)
-    return f"{stem}-{RANK:05d}-of-{WORLD_SIZE:05d}{suffix}" if WORLD_SIZE > 1 else out
+    return f"{stem}-{rank:05d}-of-{WORLD_SIZE:05d}{suffix}" if WORLD_SIZE > 1 else out
 
 
 def pick_device():
@@ -258,25 +258,26 @@ def messages_of(value, role="user"):
 def read_prompts(path, field=""):
     """Prompts as a list of records with `id` and `prompt` (messages), in file order.
 
-    path: JSONL, a JSON array, or NAME:SPLIT of a Hugging Face dataset. field: the column that holds the prompt; empty
+    path: JSONL, a JSON array, or NAME:SPLIT or NAME:CONFIG:SPLIT of a Hugging Face dataset. field: the column that holds the prompt; empty
     takes the first of prompt, messages, instruction (with its input), turns (the first of them), chosen (all but its last message).
-    A prompt without id or question_id gets one from its text.
+    A prompt without id, question_id or uid gets one from its text.
     """
     if ":" in path and not os.path.exists(path):
         from datasets import load_dataset
-        name, _, split = path.rpartition(":")
+        *name, split = re.split(r":(?![^\[]*\])", path)                  # not the colon of train[:100]
         try:
-            rows = ((f"{path} row {n}", row) for n, row in enumerate(load_dataset(name, split=split), 1))
+            rows = ((f"{path} row {n}", row) for n, row in enumerate(load_dataset(*name, split=split), 1))
         except Exception as e:                                          # hub and file errors come in many classes
             sys.exit(f"{path}: no such file, and no data set NAME:SPLIT that can be loaded ({str(e).strip().splitlines()[0]})")
     else:
         rows = read(path)
     prompts, seen = [], {}
     for place, row in rows:
-        key = field or next((f for f in ("prompt", "messages", "instruction", "turns", "chosen") if f in row), "prompt")
+        key = field or next((f for f in ("prompt", "messages", "instruction", "turns", "chosen") if row.get(f) is not None), "prompt")
         value = row.get(key)
-        if key == "turns" and isinstance(value, list):                  # MT-Bench, Arena-Hard: texts, or objects with one
-            row["turns"] = [t.get("content") if isinstance(t, dict) else t for t in value]
+        turns = row.pop("turns", None)                                  # beside another prompt they are not what is asked
+        if key == "turns":                                              # MT-Bench, Arena-Hard: texts, or objects with one
+            row["turns"] = [t.get("content") if isinstance(t, dict) else t for t in (turns if isinstance(turns, list) else [turns])]
             value = row["turns"][0] if row["turns"] and all(isinstance(t, str) for t in row["turns"]) else None
         if key == "instruction" and isinstance(value, str):             # Alpaca, self-instruct: some come with an input
             extra = row.get("input") or next((i["input"] for i in row.get("instances") or () if isinstance(i, dict) and i.get("input")), "")
@@ -285,7 +286,7 @@ def read_prompts(path, field=""):
         messages or sys.exit(f"{place}: '{key}' has to be a text or a list of messages with role and content; --prompt_field names the column")
         if messages[-1]["role"] == "assistant":                         # a whole conversation: ask for its last answer
             messages = messages[:-1] or sys.exit(f"{place}: '{key}' holds no prompt before the assistant's message")
-        row["id"] = row.get("id", row.get("question_id"))
+        row["id"] = row.get("id", row.get("question_id", row.get("uid")))
         given = row.get("id") is not None                               # 0 is an id too
         name = str(row["id"]) if given else hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
         if name in seen:

@@ -77,7 +77,9 @@ def test_prompts_come_from_texts_messages_and_instruction_columns_and_get_stable
     assert [r["id"] for r in rows] == [r["id"] for r in data.read_prompts(path)]
     assert [r["id"] for r in data.read_prompts(lines(tmp_path / "n.jsonl", {"id": 0, "prompt": "x"}, {"id": 1, "prompt": "x"}))] == ["0", "1"]
     assert data.read_prompts(lines(tmp_path / "q.jsonl", {"q": "five"}), "q")[0]["prompt"] == [{"role": "user", "content": "five"}]
-    for rows, message in (([{"text": "x"}], ":1: 'prompt' has to be"), ([{"prompt": "x", "id": 1}, {"prompt": "y", "id": 1}], ":2: id '1' is already"), ([], "no prompts in it")):
+    rows = data.read_prompts(lines(tmp_path / "t.jsonl", {"prompt": "x", "turns": 3}, {"turns": "y", "uid": "u"}, {"turns": [{"content": "z"}, "w"], "prompt": None}))
+    assert [r["prompt"][0]["content"] for r in rows] == ["x", "y", "z"] and [r.get("turns") for r in rows] == [None, ["y"], ["z", "w"]] and rows[1]["id"] == "u"
+    for rows, message in (([{"text": "x"}], ":1: 'prompt' has to be"), ([{"turns": 3}], ":1: 'turns' has to be"), ([{"turns": ["x", 3]}], ":1: 'turns' has to be"), ([{"prompt": "x", "id": 1}, {"prompt": "y", "id": 1}], ":2: id '1' is already"), ([], "no prompts in it")):
         with pytest.raises(SystemExit, match=message):
             data.read_prompts(lines(tmp_path / "bad.jsonl", *rows))
 
@@ -85,6 +87,9 @@ def test_prompts_come_from_texts_messages_and_instruction_columns_and_get_stable
 def test_a_hub_dataset_is_named_with_its_split(tmp_path):
     lines(tmp_path / "part.jsonl", {"prompt": "from datasets"})
     assert data.read_prompts(f"{tmp_path}:train")[0]["prompt"][0]["content"] == "from datasets"
+    lines(tmp_path / "part.jsonl", {"prompt": "a", "messages": None}, {"prompt": None, "messages": [{"role": "user", "content": "b"}]})
+    assert [r["prompt"][0]["content"] for r in data.read_prompts(f"{tmp_path}:train")] == ["a", "b"]        # columns that a row lacks are null
+    assert len(data.read_prompts(f"{tmp_path}:train[:1]")) == len(data.read_prompts(f"{tmp_path}:default:train[1:]")) == 1
 
 
 @pytest.mark.parametrize("text, answer, right", [

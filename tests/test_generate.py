@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -96,6 +97,13 @@ def test_an_endpoint_writes_candidates_that_a_kill_does_not_ask_twice(tmp_path):
     assert done.returncode == 1 and "not one answer to 8 questions" in done.stderr and "no such parameter" in done.stderr
     assert not os.path.exists(tmp_path / "d.jsonl") and run(*again).returncode == 0         # refused is not answered: asked again
     assert [len(row["responses"]) for _, row in data.read(f"{tmp_path}/d.jsonl")] == [2] * 6
+    lines = [json.dumps({"prompt": f"prompt {k}", "prompt_ids": [1]}) + "\n" for k in range(6)]
+    (tmp_path / "p.jsonl").write_text("".join(lines))
+    flaky = Judge(misbehave=lambda server, handler, text: handler.reply({"error": {"message": "filtered"}}, 400) is None if server.asked[text] <= 2 or "5" in text
+                  else handler.reply({"choices": [{"finish_reason": "stop", "message": {"content": "yes"}}]}) is None)
+    done = run(*(a.replace(server.url, flaky.url).replace("c.jsonl", "e.jsonl").replace("block=4", "block=5") for a in asked))      # the last block: 5 alone
+    rows = [r for _, r in data.read(f"{tmp_path}/e.jsonl")]
+    assert done.returncode == 0 and [len(r["responses"]) for r in rows] == [2] * 5 + [0] and "prompt_ids" not in rows[0]
     refused = run(*(a for a in asked if "engine_url" not in a), "--iteration=1")
     assert refused.returncode == 1 and "--engine=openai: writes candidates, wants --engine_url" in refused.stderr
 
@@ -127,7 +135,105 @@ def test_answers_come_turn_after_turn_in_the_official_formats(world, tmp_path): 
     done = run(*asked, f"--prompts={tmp_path}/q.jsonl", f"--out={tmp_path}/c.jsonl", "--max_new_tokens=4096")
     assert done.returncode == 1 and "'1' may take " in done.stderr and "lower --max_new_tokens" in done.stderr
     two = torchrun(2, *asked, f"--prompts={tmp_path}/q.jsonl", f"--out={tmp_path}/d.jsonl", "--max_new_tokens=16", "--answer_name=me")
-    assert two.returncode == 0 and len(list(data.read(f"{tmp_path}/d.jsonl"))) == len(list(data.read(f"{tmp_path}/d.model_answer.jsonl".replace("d.", "d-0000?-of-00002.")))) == 3
+    assert two.returncode == 0 and len(list(data.read(f"{tmp_path}/d.jsonl"))) == 3 and not list(tmp_path.glob("*.tmp"))
+    (tmp_path / "d.model_answer.jsonl").rename(tmp_path / "one.jsonl")                                         # one file of all processes, in order
+    assert [(r["question_id"], r["model_id"]) for _, r in data.read(f"{tmp_path}/one.jsonl")] == [(1, "me"), (2, "me"), (3, "me")]
+    again = run(*asked, f"--prompts={tmp_path}/q.jsonl", f"--out={tmp_path}/d.jsonl", "--max_new_tokens=16", "--answer_name=me", env={"RANK": "1", "WORLD_SIZE": "2"})
+    assert "nothing to do" in again.stdout and (tmp_path / "d.model_answer.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+
+
+def fake_tiktoken(folder, body):
+    folder.mkdir()
+    (folder / "tiktoken.py").write_text(body)
+    return {"PYTHONPATH": str(folder)}
+
+
+def test_arena_hard_answers_are_counted_by_tiktoken_or_say_that_they_are_not(world, generate, tmp_path):  # noqa: F811
+    (tmp_path / "new.jsonl").write_text(json.dumps({"uid": "u1", "category": "hard_prompt", "subcategory": "x", "prompt": "Name a fruit."}) + "\n")
+    (tmp_path / "old.jsonl").write_text(json.dumps({"question_id": "q1", "category": "arena-hard-v0.1", "turns": [{"content": "Name a fruit."}]}) + "\n")
+    here = fake_tiktoken(tmp_path / "with", "class get_encoding:\n    def __init__(self, name): self.name = name\n"
+                         "    def encode(self, text, disallowed_special): return [self.name] * (100 if self.name == 'cl100k_base' else 200)\n")
+    offline = fake_tiktoken(tmp_path / "without", "def get_encoding(name): raise ConnectionError('no network')\n")
+    for name, env in (("with", here), ("without", offline)):
+        for file in ("old", "new"):
+            done = run("generate.py", "config/tiny.py", "--task=answers", "--n_prompts=0", "--max_new_tokens=8", f"--prompts={tmp_path}/{file}.jsonl",
+                       f"--out={tmp_path}/{name}-{file}.jsonl", "--answer_name=me", env=env)
+            assert done.returncode == 0, done.stderr
+    (old, new), (old_by, new_by) = ([next(data.read(f"{tmp_path}/{name}-{file}.model_answer.jsonl"))[1] for file in ("old", "new")] for name in ("with", "without"))
+    ours = next(data.read(f"{tmp_path}/with-new.jsonl"))[1]
+    text, own = ours["responses"][0]["text"].strip(), len(ours["responses"][0]["ids"])
+    assert old == {"question_id": "q1", "answer_id": "me-q1", "model_id": "me", "tstamp": 0, "token_len_by": "tiktoken cl100k_base",
+                   "choices": [{"index": 0, "turns": [{"content": old["choices"][0]["turns"][0]["content"], "token_len": 100}]}]}
+    assert new.keys() == {"uid", "ans_id", "model", "messages", "tstamp", "metadata", "token_len_by"} and new["uid"] == ours["id"] == "u1" and new["model"] == "me"
+    assert new["messages"] == [{"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": {"answer": text}}] and new["token_len_by"] == "tiktoken o200k_base"
+    assert list(new["metadata"]) == ["token_len", "header_count", "list_count", "bold_count"] and new["metadata"]["token_len"] == 200       # show_result.py sums by place
+    assert old_by["token_len_by"] == new_by["token_len_by"] == "the policy's tokenizer" and new_by["metadata"]["token_len"] == own
+    row = {"id": "a", "uid": "a", "prompt": [], "responses": [{"text": " # H\n## I\n1. a\n - b\n* c\n**d** __e__ ```\n# no\n- no```\n", "ids": [1]}]}
+    answer = generate.model_answer(row, "me")
+    assert answer["messages"][0]["content"]["answer"].startswith("# H") and not answer["messages"][0]["content"]["answer"].endswith("\n")
+    counts = answer["metadata"]
+    assert counts["header_count"] == {"h1": 1, "h2": 1, "h3": 0, "h4": 0, "h5": 0, "h6": 0} and counts["list_count"] == {"ordered": 1, "unordered": 2}
+    assert counts["bold_count"] == {"**": 1, "__": 1}
+    two = generate.model_answer({"id": "b", "turns": ["x", "y"], "responses": [{"text": " s "}], "later_responses": [{"text": "t\n"}]}, "me")
+    assert two["choices"][0]["turns"] == ["s", "t"] and "token_len_by" not in two
+
+
+def test_a_kill_costs_one_block_of_answers_and_every_turn_is_there(world, tmp_path):  # noqa: F811
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question_id": k, "category": ("writing", "math", "other")[k % 3], "turns": [f"What is {k} plus 2?", "And 3 more?"][:1 + k % 2]})
+                                              + "\n" for k in range(24)))
+    asked = ("generate.py", "config/tiny.py", "--task=answers", "--n_prompts=0", "--max_new_tokens=16", "--block=3", f"--prompts={tmp_path}/q.jsonl")
+    assert run(*asked, f"--out={tmp_path}/whole.jsonl").returncode == 0
+    process = subprocess.Popen([sys.executable, *asked, f"--out={tmp_path}/cut.jsonl"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    part = tmp_path / "cut.jsonl.tmp"
+    while not part.exists() or part.read_bytes().count(b"\n") < 6:
+        time.sleep(0.005)
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 6 <= part.read_bytes().count(b"\n") < 24 and not (tmp_path / "cut.model_answer.jsonl").exists()
+    done = run(*asked, f"--out={tmp_path}/cut.jsonl")
+    assert done.returncode == 0 and "goes on behind " in done.stdout
+    for name in ("jsonl", "model_answer.jsonl"):
+        assert (tmp_path / f"cut.{name}").read_bytes() == (tmp_path / f"whole.{name}").read_bytes()
+    assert [len(r["later_responses"]) for _, r in data.read(f"{tmp_path}/cut.jsonl")] == [0, 1] * 12
+    assert json.load(open(tmp_path / "cut.manifest.json"))["counts"]["responses"] == 36
+
+
+def test_answers_ask_for_no_more_room_than_they_may_take(world, generate, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 1, "turns": ["a", "b"]}) + "\n" + json.dumps({"prompt": "c", "turns": 2, "category": ["x"]}) + "\n")
+    asked, (tokenizer, ends) = [], data.load_tokenizer(str(ROOT / "tiny/world/base"))
+
+    def engine(name, model, ends, longest, config):
+        def sample(requests, **settings):
+            asked.append((settings["temperature"], [tokenizer.decode(ids) for ids, _ in requests]))
+            return [[(tokenizer(f"said {k}").input_ids, True, -1.0)] for k, _ in enumerate(requests)]
+        asked.append(longest)
+        return sample
+
+    for name, value in (("load_engine", engine), ("positions", lambda model: 1_024_000), ("prompts", f"{tmp_path}/q.jsonl"), ("out", f"{tmp_path}/a.jsonl"), ("max_new_tokens", 16)):
+        monkeypatch.setattr(generate, name, value)
+    generate.answers({"settings": {}, "inputs": {}}, tokenizer, ends)
+    assert asked[0] < 300 and [len(texts) for _, texts in asked[1:]] == [2, 1]       # Mistral-Nemo was built for 1,024,000: no cache holds that
+    assert "said 0" in asked[2][1][0] and [len(r["later_responses"]) if "later_responses" in r else None for _, r in data.read(f"{tmp_path}/a.jsonl")] == [1, None]
+
+
+def test_settings_that_make_no_sense_are_one_line(world, tmp_path):  # noqa: F811
+    for task, setting, message in (("instructions", "instruction_unfit=(", "--instruction_unfit=(: not a regular expression: missing )"), ("instructions", "instruction_examples=0", "has to be 1 at least"),
+                                   ("instructions", "instruction_similarity=1.5", "has to be between 0 and 1"), ("candidates", "block=0", "--block=0: has to be 1 at least"),
+                                   ("answers", "n_prompts=-1", "has to be 0 at least"), ("candidates", "max_new_tokens=4096", "4096 above max_prompt_tokens and what max_new_tokens leaves, -")):
+        done = run("generate.py", "config/tiny.py", f"--out={tmp_path}/x.jsonl", f"--task={task}", f"--{setting}")
+        assert done.returncode == 1 and "Traceback" not in done.stderr and message in done.stderr and not (tmp_path / "x.jsonl").exists()
+
+
+def test_the_counts_of_shards_add_up(world, tmp_path):  # noqa: F811
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in ("What color is the sky?", "Name a fruit. " * 99, "Name a fruit.", "Is it cold?")))
+    asked = ("generate.py", "config/tiny.py", f"--prompts={tmp_path}/p.jsonl", "--n_prompts=0", "--max_prompt_tokens=64", "--n_responses=2", "--max_new_tokens=8")
+    assert run(*asked, f"--out={tmp_path}/one.jsonl").returncode == 0
+    for rank in "01":
+        assert run(*asked, f"--out={tmp_path}/two.jsonl", env={"RANK": rank, "WORLD_SIZE": "2"}).returncode == 0
+    one, *two = (json.load(open(tmp_path / f"{name}.manifest.json"))["counts"] for name in ("one", "two-00000-of-00002", "two-00001-of-00002"))
+    assert {k: two[0][k] + two[1][k] for k in ("prompts", "too_long", "responses")} == {k: one[k] for k in ("prompts", "too_long", "responses")} == {
+        "prompts": 3, "too_long": 1, "responses": 6}
 
 
 def test_a_gpu_that_is_held_is_waited_for_and_its_holder_named(tmp_path, monkeypatch, capsys):
@@ -181,7 +287,7 @@ def test_a_stop_text_ends_a_response_without_an_end_token_and_its_log_prob_is_th
     ("\u00dcbersetze das", None), ("   \n\n10.", None), ("Where do I go to vote?", None), ("KEEP the Case of Words", "KEEP the Case of Words")])
 def test_the_head_of_a_reply_is_an_instruction_or_is_filtered(generate, reply, text):
     found = generate.instruction_of(reply)
-    assert (None if not found or generate.UNFIT.search(found) or generate.UNFIT_START.match(found) else found) == text
+    assert (None if not found or re.search(generate.instruction_unfit, found, re.IGNORECASE) else found) == text
 
 
 def test_near_duplicates_are_known_and_others_are_not(generate):
@@ -190,6 +296,18 @@ def test_near_duplicates_are_known_and_others_are_not(generate):
     assert "Name three lakes of Africa and say how deep each of them is." not in known and "Hello" not in known
     known.add("Hello")
     assert "hello" in known
+
+
+def test_the_filters_of_instructions_are_settings(generate, monkeypatch):
+    known = generate.Known(["a b c d e f g h i j k l"])                 # ten shingles
+    near = "a b c d e f g h i"                                          # seven of them
+    assert near in known
+    for value, found in ((0.71, False), (1.0, False), (0.0, False), (0.7, True)):
+        monkeypatch.setattr(generate, "instruction_similarity", value)
+        assert (near in known) is found and ("A b c d e f g h i j k l." in known) is (value > 0)
+    assert generate.instruction_of("Add.\n5. more") == "Add.\n5. more"
+    monkeypatch.setattr(generate, "instruction_examples", 3)
+    assert generate.instruction_of("Add.\n5. more") == "Add."
 
 
 def test_topics_share_the_pool_out(generate, monkeypatch):
@@ -251,8 +369,41 @@ def test_new_instructions_are_distinct_from_each_other_and_from_the_pool(writer,
     assert len(made) == 30 and counts["calls"] % 128 == 0 and counts["prompts"] == len(texts) and not os.path.exists(tmp_path / "new.jsonl.tmp")
     assert run("generate.py", *INSTRUCT, f"--model={writer}", f"--prompts={tmp_path}/pool.jsonl", f"--out={tmp_path}/again.jsonl", "--n_prompts=30").returncode == 0
     assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "new.jsonl").read_bytes()
-    two = torchrun(2, "generate.py", *INSTRUCT, f"--model={writer}", f"--prompts={tmp_path}/pool.jsonl", f"--out={tmp_path}/two.jsonl", "--n_prompts=15")
-    assert two.returncode == 0 and len({r["id"] for r in data.read_prompts(f"{tmp_path}/two.jsonl")}) == 15
+
+
+def test_processes_keep_apart_from_those_before_them(writer, generate, tmp_path):
+    texts = pool(tmp_path / "pool.jsonl")
+    asked = ("generate.py", *INSTRUCT, f"--model={writer}", f"--prompts={tmp_path}/pool.jsonl", f"--out={tmp_path}/two.jsonl", "--n_prompts=151")
+    two = torchrun(2, *asked)
+    assert two.returncode == 0, two.stderr
+    rows, known = data.read_prompts(f"{tmp_path}/two.jsonl"), generate.Known(texts)
+    for row in rows:
+        assert row["prompt"][0]["content"] not in known
+        known.add(row["prompt"][0]["content"])
+    assert len(rows) == len({r["id"] for r in rows}) == 151
+    second = tmp_path / "two-00001-of-00002.jsonl"                      # killed after the first process was done
+    before = second.read_bytes()
+    second.unlink()
+    assert torchrun(2, *asked).returncode == 0 and second.read_bytes() == before
+    second.unlink()
+    done = run(*asked, "--seed=1", env={"RANK": "1", "WORLD_SIZE": "2"})
+    assert done.returncode == 1 and "two-00000-of-00002.jsonl: was made with another 'seed' (0, now 1)" in done.stderr and not second.exists()
+
+
+def test_the_end_of_a_longer_talk_is_no_example_and_a_task_must_fit_its_template(writer, tmp_path):
+    texts = pool(tmp_path / "pool.jsonl", 8)
+    talk = [{"role": "user", "content": "sing."}, {"role": "assistant", "content": "la"}, {"role": "user", "content": "again."}]
+    rows = [{"prompt": t} for t in texts[:7] + texts[:1]] + [{"prompt": talk}]
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    done = run("generate.py", *INSTRUCT, f"--model={writer}", f"--prompts={tmp_path}/pool.jsonl", f"--out={tmp_path}/new.jsonl", "--n_prompts=4")
+    assert done.returncode == 1 and "7 prompts that fit; a call shows 8" in done.stderr
+    asked = ("generate.py", *INSTRUCT, f"--model={writer}", f"--prompts={tmp_path}/pool.jsonl", f"--out={tmp_path}/new.jsonl", "--n_prompts=12", "--instruction_examples=7")
+    pool(tmp_path / "pool.jsonl")
+    done = run(*asked, "--max_prompt_tokens=50")
+    assert done.returncode == 0, done.stderr
+    tokenizer, _ = data.load_tokenizer(writer)
+    longest = max(len(data.render(tokenizer, r["prompt"], "here")) for r in data.read_prompts(f"{tmp_path}/new.jsonl"))
+    assert longest <= 50
 
 
 def test_a_policy_that_cannot_write_instructions_is_told_so_in_one_line(world, tmp_path):  # noqa: F811

@@ -30,6 +30,12 @@ def test_greedy_output_equals_that_of_transformers_token_by_token(world, tmp_pat
     for a, b in zip(rows["vllm"], rows["transformers"]):
         (x,), (y,) = a["responses"], b["responses"]
         assert a["prompt_ids"] == b["prompt_ids"] and x["ids"] == y["ids"] and x["finished"] == y["finished"] and abs(x["logp"] - y["logp"]) < 1e-3
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question_id": k, "category": "math", "turns": [f"What is {k} plus 2?", "And 3 more?"]}) + "\n" for k in range(6)))
+    for engine in rows:
+        done = run("generate.py", "config/tiny.py", "--task=answers", f"--prompts={tmp_path}/q.jsonl", f"--out={tmp_path}/{engine}-a.jsonl", "--max_new_tokens=24", "--block=4",
+                   f"--engine={engine}", "--answer_name=me")
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "vllm-a.model_answer.jsonl").read_bytes() == (tmp_path / "transformers-a.model_answer.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("prompts, without", [("eval/alpaca_eval/instructions.json", ()), ("prompts/seed_tasks.jsonl", ("--eval_prompts=",))])
