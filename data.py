@@ -21,6 +21,7 @@ Nothing heavy is imported here, so that a stage which is already done costs a te
 import array
 import contextlib
 import glob
+import gzip
 import hashlib
 import importlib.metadata
 import json
@@ -28,6 +29,7 @@ import os
 import re
 import subprocess
 import sys
+import zlib
 
 from configurator import FREE
 
@@ -56,16 +58,16 @@ def files(path):
 
 
 def read(path, *required):
-    """Yield (place, record) for each object of a JSONL file, a .json array, a folder, a glob or a set of shards.
+    """Yield (place, record) for each object of a JSONL file, a .json array, either with .gz, a folder, a glob or a set of shards.
 
     place is "file:line". A line that is no JSON object or lacks a required field ends the program with its place.
     """
     for file in files(path):
-        with open(file, "rb") as f:
-            array = file.endswith(".json")
+        with (gzip.open if file.endswith(".gz") else open)(file, "rb") as f:
+            array = file.removesuffix(".gz").endswith(".json")
             try:
-                rows = json.load(f) if array else f
-            except ValueError as e:                                     # of JSON, or of UTF-8
+                rows = json.load(f) if array else f.read().splitlines(keepends=True) if file.endswith(".gz") else f
+            except (ValueError, EOFError, OSError, zlib.error) as e:    # of JSON, of UTF-8, of gzip
                 sys.exit(f"{file}: not JSON: {e}")
             not array or isinstance(rows, list) or sys.exit(f"{file}: a .json file holds an array of records, not {type(rows).__name__}")
             for n, row in enumerate(rows, 1):
@@ -219,7 +221,7 @@ def begin(out, suffix, config, *inputs):
         sys.exit(f"--out={out}: has to be " + (f"a {suffix} file" if suffix else "a folder"))
     for key in inputs:
         config[key] or sys.exit(f"--{key} is not set: give a path" + (" or a hub name" if "model" in key else ""))
-        if "model" not in key and ":" not in config[key]:               # a model or NAME:SPLIT may be on the hub
+        if "model" not in key and ":" not in config[key] and not os.path.isdir(config[key]):         # a model or NAME:SPLIT may be on the hub
             files(config[key])
     manifest = {"settings": {k: v for k, v in config.items() if k not in inputs and k != "out"},
                 "inputs": {key: fingerprint(config[key]) for key in inputs}}

@@ -196,33 +196,48 @@ def load_engine(engine, model, ends, longest, settings):
 # ---------------------------------------------------------------------------------------------- questions and replies
 
 
+PARAMETERS = ("model", "messages", "temperature", "top_p", "max_tokens", "logprobs", "top_logprobs")
+OPTIONAL = {*PARAMETERS} - {"model", "messages"}                        # some models refuse some of them
+
+
 def endpoint(url, concurrency):
     """A way to answer questions: an OpenAI-compatible endpoint, `concurrency` requests at a time, the key from OPENAI_API_KEY.
 
     The client repeats what fails in passing (no connection, 429, 5xx, no answer for two minutes) up to 20 times, 8 seconds
-    apart at most. What the endpoint refuses to answer (400, 413, 422: too long, filtered) has an error for a reply; any other
-    refusal ends the program. However it ends, requests under way are waited for, and their replies kept.
+    apart at most. A parameter that the model does not know is left out, aloud. What the endpoint refuses to answer (400, 413, 422:
+    too long, filtered), or answers four times with nothing in it, has an error for a reply; any other refusal ends the program.
+    However it ends, requests under way are waited for, and their replies kept.
     """
     from openai import APIStatusError, OpenAI, OpenAIError
     key = os.environ.get("OPENAI_API_KEY") or "none"
     key.isascii() or sys.exit("OPENAI_API_KEY: has characters that no key has")
     client = OpenAI(base_url=url, api_key=key, max_retries=20, timeout=120)
 
-    def one(question):
+    refused = set()                                                     # parameters that this model does not take
+
+    def one(question, tries=3):
+        asked = {k: question[k] for k in PARAMETERS if k in question and k not in refused}
+        if "max_tokens" in refused:                                     # reasoning models have another name for it
+            asked["max_completion_tokens"] = question["max_tokens"]
         try:
-            response = client.chat.completions.with_raw_response.create(**{k: question[k] for k in ("model", "messages", "temperature", "top_p", "max_tokens") if k in question})
+            response = client.chat.completions.with_raw_response.create(**asked)
         except APIStatusError as e:
             if e.status_code not in (400, 413, 422):
                 raise
+            if e.code in ("unsupported_parameter", "unsupported_value") and e.param in asked.keys() & OPTIONAL:
+                e.param in refused or print(f"{url}: {question['model']} does not take this {e.param}, asked without it from now on", flush=True)
+                refused.update({"logprobs", "top_logprobs"} if "logprobs" in e.param else {e.param})
+                return one(question)
             return {"reply": "", "error": str(e).replace(key, "***")[:300]}
         text = response.http_response.text
         try:
             body = json.loads(text)
             choice = body["choices"][0]
-            content = "" + (choice["message"]["content"] or "")
-            return {"reply": content.encode(errors="replace").decode(), "finish": choice.get("finish_reason"), "usage": {**(body.get("usage") or {})}}
-        except (ValueError, LookupError, TypeError):                    # status 200 and no answer in it: kept, and unreadable
-            return {"reply": text[:1000]}
+            reply = {"reply": ("" + (choice["message"]["content"] or "")).encode(errors="replace").decode(),
+                     "finish": choice.get("finish_reason"), "usage": {**(body.get("usage") or {})}}
+            return reply | ({"logprobs": choice["logprobs"]} if choice.get("logprobs") else {})
+        except (ValueError, LookupError, TypeError):                    # status 200 and no answer in it
+            return one(question, tries - 1) if tries else {"reply": "", "error": f"no answer in it: {text.replace(key, '***')[:200]}"}
 
     def answer(questions, keep):
         pool = concurrent.futures.ThreadPoolExecutor(concurrency)

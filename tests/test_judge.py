@@ -25,7 +25,7 @@ ROWS = {"long": ["a", "aaaa", "aa"], "same": ["b", "b"], "two": ["cc {response}"
 
 class Judge(http.server.ThreadingHTTPServer):
     """An OpenAI-compatible endpoint on loopback whose verdict is the length of what it judges; `misbehave` may answer first."""
-    daemon_threads, allow_reuse_address = True, True
+    daemon_threads, allow_reuse_address, request_queue_size = True, True, 64
 
     def __init__(self, port=0, misbehave=lambda server, handler, text: False):
         super().__init__(("127.0.0.1", port), Handler)
@@ -36,7 +36,7 @@ class Judge(http.server.ThreadingHTTPServer):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.body = body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server, text = self.server, body["messages"][0]["content"]
         server.asked[text] += 1
         server.keys.add(self.headers["Authorization"])
@@ -119,7 +119,10 @@ def test_what_cannot_be_read_is_counted_and_a_response_without_a_score_does_not_
     server = Judge(misbehave=odd)
     done = rank(tmp_path, server.url)
     assert done.returncode == 1 and "not one pair; 2 prompts, 2 fewer_than_two, 3 unjudged, 10 replies, 6 unreadable_replies" in done.stderr
-    assert not os.path.exists(tmp_path / "p.jsonl") and sum("busy" in r["reply"] for r in kept(tmp_path)) == 4
+    assert not os.path.exists(tmp_path / "p.jsonl") and sum("busy" in r.get("error", "") for r in kept(tmp_path)) == 4
+    assert sorted(server.asked.values()) == [2, 2, 8, 8, 8]             # what has no answer in it is asked four times for each of the two votes
+    server = Judge()
+    assert rank(tmp_path, server.url).returncode == 0 and sorted(server.asked.values()) == [2, 2, 2]         # an error is asked again, what was read is not
 
 
 def test_a_refused_key_ends_with_one_line_that_does_not_show_it(tmp_path):

@@ -50,7 +50,7 @@ def test_two_iterations_leave_the_documented_files(finished):
         assert names <= set(os.listdir(finished / f"iter_{t}"))
     assert len(hashes(finished)) == 2 * 5 + 2 and not glob.glob(f"{finished}/**/*.tmp", recursive=True)
     scores = json.load(open(finished / "iter_0" / "eval.json"))
-    assert scores["win_rate"] == 0.5 and scores["ties"] == scores["n"] == 16 and 0 <= scores["accuracy"] <= 1
+    assert scores["win_rate"] == 50 and scores["ties"] == scores["n"] == 16 and 0 <= scores["accuracy"] <= 100
     first, second = ({r["id"] for _, r in data.read(f"{finished}/iter_{t}/candidates.jsonl")} for t in (1, 2))
     assert len(first) == len(second) == 32 and not first & second
 
@@ -171,7 +171,7 @@ def test_evaluation_joins_by_id_and_counts_what_it_says(world, tmp_path):
     done = run("eval.py", "config/tiny.py", f"--answers={ours}", f"--baseline={theirs}", f"--out={tmp_path}/e.json")
     assert done.returncode == 0, done.stderr
     scores = json.load(open(tmp_path / "e.json"))
-    assert scores["win_rate"] == 1.5 / 4 and scores["ties"] == 1 and scores["accuracy"] == 0.5 and scores["finished"] == 0.75 and scores["n"] == 4
+    assert scores["win_rate"] == 37.5 and scores["ties"] == 1 and scores["accuracy"] == 50 and scores["finished"] == 75 and scores["n"] == 4
     assert "LENGTH ALARM" not in done.stdout
     longer = answers("d.jsonl", ("x", q, rule, "The opposite of hot is cold. Thank you for your question.", True))
     assert "LENGTH ALARM: answers are 1.8 times as long" in run("eval.py", "config/tiny.py", f"--answers={longer}", f"--baseline={theirs}", f"--out={tmp_path}/g.json").stdout
@@ -184,7 +184,7 @@ def test_the_plot_shows_what_the_files_say(finished):
     done = run("plot.py", finished)
     assert done.returncode == 0, done.stderr
     scores = json.load(open(finished / "iter_2" / "eval.json"))
-    assert f"{scores['win_rate']:.3f}" in done.stdout and f"{scores['length']:.1f}" in done.stdout and "pairrm tiny/world/judge" in done.stdout
+    assert f"{scores['win_rate']:.1f}%" in done.stdout and f"{scores['length']:.1f}" in done.stdout and "pairrm tiny/world/judge" in done.stdout
     for figure in ("iterations.png", "length.png"):
         assert open(finished.parent / figure, "rb").read(4) == b"\x89PNG"
     assert run("plot.py", "/nowhere").stderr.strip().endswith("has iterate.sh evaluated an iteration?")
