@@ -37,4 +37,5 @@ for ((t = 0; t <= iterations; t++)); do
     stage eval 1 --answers="$now/answers.jsonl" --baseline="$out/iter_0/answers.jsonl" --out="$now/eval.json"
   fi
 done
+if [[ $eval_prompts ]]; then python "$here/plot.py" "$out"; fi    # its last line says where the report is
 echo "$out is complete: $iterations iterations, the last policy is $policy"
