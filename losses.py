@@ -58,19 +58,22 @@ class LogProb(torch.autograd.Function):
         return weight if weight.is_cuda else weight.to(wide), hidden.new_empty(min(chunk, len(labels)), len(weight), dtype=wide)
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, chunk, softcap):
+    def forward(ctx, hidden, weight, labels, chunk, softcap, squares):
         head, buffer = LogProb.buffers(hidden, weight, labels, chunk)
-        logp = buffer.new_empty(len(labels))
+        logp, log_squares = buffer.new_empty(len(labels)), buffer.new_zeros(len(labels))
         for a in range(0, len(labels), chunk):
             part = slice(a, a + chunk)
             logits = chunk_logits(buffer[:len(labels[part])], hidden[part], head, softcap)                   # (chunk, V)
             logp[part] = torch.log_softmax(logits, -1, out=logits).gather(-1, labels[part, None])[:, 0]
+            if squares:
+                log_squares[part] = torch.logsumexp(2 * logits, -1)
+        ctx.mark_non_differentiable(log_squares)
         ctx.save_for_backward(hidden, weight, labels, buffer if softcap is None and len(labels) <= chunk else None)
         ctx.chunk, ctx.softcap = chunk, softcap
-        return logp
+        return logp, log_squares
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         hidden, weight, labels, kept = ctx.saved_tensors                # (T, V) log-probs, or None
         head, buffer = LogProb.buffers(hidden, weight, labels, ctx.chunk) if kept is None else (None, kept)
         d_hidden = torch.empty_like(hidden)
@@ -89,16 +92,37 @@ class LogProb(torch.autograd.Function):
                 d_weight.addmm_(d.T, hidden[part])
             elif d_weight is not None:
                 d_weight += d.T @ hidden[part]
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
 
 
-def logprob(hidden, weight, labels, chunk=1024, softcap=None):
+def logprob(hidden, weight, labels, chunk=1024, softcap=None, squares=False):
     """Log-probability of each label, in nats: (T,) float32 (float64 from float64), differentiable in hidden and weight.
+
+    With squares also log(sum of p^2 over the vocabulary), (T,), a constant: how certain the policy is (WPO).
 
     hidden (T, D) states that predict the labels; weight (V, D) of the output head, whole, not sharded; labels (T,) ids;
     chunk: tokens whose logits exist at once (and until backward, if these are all); softcap: Gemma-2's cap * tanh(logits / cap), whose head is bypassed here.
     """
-    return LogProb.apply(hidden, weight, labels, chunk, softcap)
+    both = LogProb.apply(hidden, weight, labels, chunk, softcap, squares)
+    return both if squares else both[0]
+
+
+def segment_sums(logp, lengths, beyond=1.0):
+    """Sums (2B,) of token log-probs (N,) over responses of these lengths (2B,), chosen and rejected in turn; int64.
+
+    beyond: weight of the tokens past the length of the pair's shorter response (LD-DPO, 2409.06411).
+    """
+    if beyond != 1.0:
+        starts, shorter = lengths.cumsum(0) - lengths, lengths.view(-1, 2).amin(1).repeat_interleave(2)
+        place = torch.arange(len(logp), device=logp.device) - starts.repeat_interleave(lengths)
+        logp = logp.where(place < shorter.repeat_interleave(lengths), beyond * logp)
+    return torch.segment_reduce(logp, "sum", lengths=lengths, unsafe=True)
+
+
+def wpo_weights(logp, log_squares, lengths):
+    """Weights (B,) in (0, 1]: how likely this policy is to write both responses (WPO, 2406.11827, clamped as in its code)."""
+    mean = torch.segment_reduce((logp - log_squares).detach(), "mean", lengths=lengths, unsafe=True)          # (2B,)
+    return mean.view(-1, 2).sum(1).exp().clamp(max=1)
 
 
 def margins(logp_w, logp_l, ref_w, ref_l, len_w, len_l, z=None, **extra):

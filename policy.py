@@ -130,18 +130,22 @@ AttentionInterface.register("packed_varlen", packed_varlen)
 class Policy(torch.nn.Module):
     """From ids to log-probabilities inside one root module, so that FSDP has gathered the head when the gather needs it."""
 
-    def __init__(self, lm, chunk):
+    def __init__(self, lm, chunk, squares):
         super().__init__()
-        self.lm, self.chunk, self.kernel = lm, chunk, lm.config._attn_implementation
+        self.lm, self.chunk, self.squares, self.kernel = lm, chunk, squares, lm.config._attn_implementation
         self.softcap = getattr(lm.config, "final_logit_softcapping", None)
 
     def forward(self, input_ids, position_ids, index, labels, segments):
-        """Log-probs (N,) of the labels (N,), predicted at index (N,) of the row input_ids (1, T)."""
+        """Log-probs (N,) of the labels (N,), predicted at index (N,) of the row input_ids (1, T); with squares as losses.logprob."""
         hidden = self.lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, segments=segments).last_hidden_state
-        return losses.logprob(hidden[0, index], self.lm.get_output_embeddings().weight, labels, self.chunk, self.softcap)
+        hidden, head = hidden[0, index], self.lm.get_output_embeddings()
+        weight = head.weight
+        if head.bias is not None:                                       # Phi-2: one more column of the head, which always meets a 1
+            hidden, weight = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1), torch.cat([weight, head.bias[:, None]], 1)
+        return losses.logprob(hidden, weight, labels, self.chunk, self.softcap, self.squares)
 
 
-def build_policy(name, mesh, dtype, *, chunk, recompute, compile, lora_rank, lora_alpha):
+def build_policy(name, mesh, dtype, *, chunk, recompute, compile, lora_rank, lora_alpha, squares=False):
     """The policy on the meta device, each decoder layer sharded over `mesh`, then the root; no weight has memory yet.
 
     dtype: of computation; weights that train are float32, frozen ones (LoRA) are kept in dtype. Ends the program, naming the
@@ -160,7 +164,7 @@ def build_policy(name, mesh, dtype, *, chunk, recompute, compile, lora_rank, lor
     head = lm.get_output_embeddings()
     unsupported = [k for k in ("logit_scale", "logits_scaling") if getattr(hf, k, None) not in (None, 1.0)]
     unsupported += sorted(set(getattr(hf, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})    # only attention knows of sequences
-    if unsupported or getattr(lm, "_is_stateful", False) or head is None or head.bias is not None or not hasattr(lm.base_model, "layers"):
+    if unsupported or getattr(lm, "_is_stateful", False) or head is None or not hasattr(lm.base_model, "layers"):
         sys.exit(f"--model={name}: architecture {lm.__class__.__name__} is not supported ({unsupported or 'its head or its layers'})")
     for module in lm.modules():                                         # rotary tables and the like are made, not loaded
         for buffer_name, buffer in module.named_buffers(recurse=False):
@@ -176,7 +180,7 @@ def build_policy(name, mesh, dtype, *, chunk, recompute, compile, lora_rank, lor
     lm.train()
     if recompute:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(lm, chunk)
+    policy = Policy(lm, chunk, squares)
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in lm.base_model.layers:
         if compile:

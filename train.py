@@ -28,7 +28,7 @@ from data import DTYPES, RANK, WORLD_SIZE, begin, load_tokenizer, manifest_of, p
 
 # ---- settings ----
 model = ""                              # policy to start from, also the reference: Hugging Face folder or hub name
-pairs = ""                              # preference pairs (JSONL)
+pairs = ""                              # preference pairs: ours, or prompt, chosen, rejected as TRL has them; JSONL, JSON, NAME:SPLIT
 out = ""                                # folder of the trained model
 loss = "aipo"                           # name of an objective in losses.py
 beta = 0.1                              # strength of the implicit reward (AIPO: 0.1)
@@ -41,6 +41,8 @@ delta = 1.0                             # slic
 eps = 0.1                               # robust, exo
 label_smoothing = 0.0                   # share of labels taken to be flipped; dpo with 0.1 is cDPO
 soft_labels = False                     # take p = sigmoid(z) as the label; else hard, as AIPO and DPO do
+ld_alpha = 1.0                          # weight of tokens past the length of the pair's shorter response (LD-DPO, 2409.06411: 0.5)
+wpo = False                             # weigh each pair by how likely the policy is to write it (WPO, 2406.11827); the logged loss is not weighted
 z_clip = 4.0                            # z is cut to +-z_clip (iREPO's target; ours)
 lr = 5e-7                               # peak learning rate (AIPO: 5e-7)
 schedule = "cosine"                     # cosine, linear or constant, after the warm-up
@@ -124,7 +126,8 @@ def peak_memory():
 
 
 precision = getattr(torch, dtype)
-policy = build_policy(model, mesh, precision, chunk=gather_chunk, recompute=recompute, compile=compile, lora_rank=lora_rank, lora_alpha=lora_alpha)
+policy = build_policy(model, mesh, precision, chunk=gather_chunk, recompute=recompute, compile=compile, lora_rank=lora_rank, lora_alpha=lora_alpha,
+                      squares=wpo)
 load_weights(policy, model, seed)
 trained = {name: p for name, p in policy.lm.named_parameters() if p.requires_grad}
 optimizer = torch.optim.AdamW(trained.values(), lr=lr, betas=tuple(map(float, betas.split(","))), weight_decay=weight_decay, fused=True)
@@ -144,11 +147,13 @@ first_epoch = [groups for rounds in steps[:-(-len(records) // batch_size)] for g
 
 
 def forward(group):
-    """Summed log-probs of chosen and rejected of the pairs with these indices, (B,) each, and the share of padding."""
+    """Summed log-probs of chosen and rejected of the pairs with these indices, their weights, (B,) each, and the share of padding."""
     row, responses, padding = pack([records[i] for i in group], policy.kernel)
-    logp = policy(**row)                                                                                     # (N,)
-    sums = torch.segment_reduce(logp, "sum", lengths=responses.to(device), unsafe=True) if group else logp   # (2B,)
-    return *sums.view(-1, 2).unbind(1), padding
+    logp, responses = policy(**row), responses.to(device)                                                    # (N,), (2B,)
+    logp, log_squares = logp if wpo else (logp, None)
+    sums = losses.segment_sums(logp, responses, ld_alpha) if group else logp                                 # (2B,)
+    weights = losses.wpo_weights(logp, log_squares, responses) if wpo and group else torch.ones_like(sums[::2])
+    return *sums.view(-1, 2).unbind(1), weights, padding
 
 
 def margins(group, logp_w, logp_l):
@@ -165,7 +170,7 @@ work = out + ".tmp"
 cache, began = reference_cache or os.path.join(work, "reference.logps"), time.time()
 for folder in (work, os.path.dirname(cache) or "."):
     os.makedirs(folder, exist_ok=True)
-made_from = json.dumps([manifest["inputs"], dtype, max_length, manifest["versions"]], sort_keys=True)
+made_from = json.dumps([manifest["inputs"], dtype, max_length, ld_alpha, manifest["versions"]], sort_keys=True)
 reference, cached = torch.zeros(len(records), 2, device=device), False                                       # (pairs, [w, l])
 needed = [i for groups in first_epoch for g in groups for i in g]
 if os.path.exists(cache):
@@ -181,7 +186,7 @@ if verdict:
 else:
     with torch.no_grad():
         for groups in first_epoch:
-            logp_w, logp_l, _ = forward(groups[RANK])
+            logp_w, logp_l, *_ = forward(groups[RANK])
             reference[groups[RANK]] = torch.stack([logp_w, logp_l], 1)
     policy.reshard()                                                    # without gradient the root stays gathered, and would not move
     dist.all_reduce(reference)                                          # each process filled the rows of its own pairs
@@ -271,7 +276,8 @@ def open_logs(start):
 
 
 # ---- the loop ----
-NAMES = ("loss", "nll", "reward_chosen", "reward_rejected", "accuracy", "s_theta", "s_ref", "logp_chosen", "logp_rejected", "len_chosen", "len_rejected")
+NAMES = ("loss", "nll", "reward_chosen", "reward_rejected", "accuracy", "s_theta", "s_ref", "logp_chosen", "logp_rejected", "len_chosen",
+         "len_rejected", "weight")
 start = resume()
 logs = []
 if RANK == 0:
@@ -281,13 +287,13 @@ for step, rounds in enumerate(steps[start:], start):
     began, batch = time.time(), [i for groups in rounds for g in groups for i in g]
     sums = torch.zeros(len(NAMES) + 1, device=device)
     for groups in rounds:
-        logp_w, logp_l, padding = forward(groups[RANK])
+        logp_w, logp_l, weights, padding = forward(groups[RANK])
         m = margins(groups[RANK], logp_w, logp_l)
         per_pair = losses.pair_loss(loss, m, **config)                                                       # (B,)
-        (per_pair.sum() * WORLD_SIZE / len(batch)).backward()           # FSDP divides by the processes: the step's mean over pairs
+        ((weights * per_pair).sum() * WORLD_SIZE / len(batch)).backward()           # FSDP divides by the processes: the step's mean over pairs
         with torch.no_grad():
             sums[:-1] += torch.stack([per_pair, m["nll"], beta * m["r_w"], beta * m["r_l"], (m["s"] > 0).float(), m["s_theta"],
-                                      m["s_ref"], logp_w, logp_l, m["len_w"], m["len_l"]]).sum(1)
+                                      m["s_ref"], logp_w, logp_l, m["len_w"], m["len_l"], weights]).sum(1)
             sums[-1] += padding * len(batch) / (WORLD_SIZE * len(rounds))
     dist.all_reduce(sums)
     for group in optimizer.param_groups:

@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 
-from losses import OBJECTIVES, LogProb, logprob, margins, pair_loss
+from losses import OBJECTIVES, LogProb, logprob, margins, pair_loss, segment_sums, wpo_weights
 
 # ---------------------------------------------------------------------------------------------- log-prob gather
 
@@ -62,8 +62,35 @@ def test_a_frozen_head_costs_no_gradient_and_the_states_get_the_same_one():
     hidden, weight, labels, grad = tokens(torch.float32)
     ctx = logprob(hidden, weight.detach(), labels).grad_fn
     with torch.no_grad():
-        d_hidden, d_weight, *_ = LogProb.backward(ctx, grad)
+        d_hidden, d_weight, *_ = LogProb.backward(ctx, grad, None)
     assert d_weight is None and torch.equal(d_hidden, *torch.autograd.grad(logprob(hidden, weight, labels), hidden, grad))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("chunk", [1, 8, 1000])
+def test_the_gather_also_gives_the_log_of_the_summed_squares_and_the_same_gradients(chunk, softcap):
+    hidden, weight, labels, grad = tokens(torch.float32)
+    logits = hidden @ weight.T
+    p = (torch.tanh(logits / softcap) * softcap if softcap else logits).softmax(-1)
+    logp, squares = logprob(hidden, weight, labels, chunk, softcap, squares=True)
+    torch.testing.assert_close(squares, p.square().sum(-1).log().detach(), rtol=1e-5, atol=1e-5)
+    assert not squares.requires_grad
+    assert_same_gradients(logp, (hidden, weight), logprob(hidden, weight, labels, chunk, softcap), (hidden, weight), grad, 1e-7)
+
+
+def test_tokens_past_the_shorter_response_weigh_less_and_wpo_weighs_pairs_as_their_papers_have_it():
+    lengths, draw = [3, 5, 4, 4, 1, 2], torch.Generator().manual_seed(1)                                    # three pairs, chosen and rejected in turn
+    logp, squares = -3 * torch.rand(19, generator=draw).requires_grad_(), -torch.rand(19, generator=draw)
+    parts, certain = logp.split(lengths), squares.split(lengths)
+    assert segment_sums(logp, torch.tensor(lengths)).tolist() == pytest.approx([x.sum().item() for x in parts])
+    discounted = [x[:k].sum() + 0.3 * x[k:].sum() for x, k in zip(parts, (3, 3, 4, 4, 1, 1))]
+    ours = segment_sums(logp, torch.tensor(lengths), 0.3)
+    torch.testing.assert_close(ours, torch.stack(discounted))
+    assert_same_gradients(ours, logp, torch.stack(discounted), logp, torch.arange(6.0), 1e-7)
+    expected = [min(1.0, math.exp(sum((x - c).mean().item() for x, c in zip(parts[k:k + 2], certain[k:k + 2])))) for k in (0, 2, 4)]
+    weights = wpo_weights(logp, squares, torch.tensor(lengths))
+    assert weights.tolist() == pytest.approx(expected) and not weights.requires_grad and min(expected) < 1
+    assert wpo_weights(logp, squares - 9, torch.tensor(lengths)).tolist() == [1, 1, 1]                      # clamped
 
 
 # ---------------------------------------------------------------------------------------------- values and gradients

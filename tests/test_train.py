@@ -58,21 +58,21 @@ def plain_run(tiny_model, pairs, tmp_path_factory):
 # ---------------------------------------------------------------------------------------------- against TRL
 
 
-@pytest.mark.parametrize("template", [PLAIN, CHATML], ids=["plain", "chatml"])
-def test_eight_steps_of_dpo_log_the_losses_and_rewards_of_trl(template, tmp_path, monkeypatch):
+@pytest.mark.parametrize("template, ld_alpha", [(PLAIN, 1.0), (CHATML, 1.0), (CHATML, 0.5)], ids=["plain", "chatml", "ld_dpo"])
+def test_eight_steps_of_dpo_log_the_losses_and_rewards_of_trl(template, ld_alpha, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
     model = build_model(tmp_path / "model", template=template)
     records = write_pairs(tmp_path / "pairs.jsonl", 32, seed=1)
-    ours, _ = train(tmp_path / "ours", model=model, pairs=tmp_path / "pairs.jsonl", batch_size=4, lr=5e-4, tokens_per_microbatch=256)
+    ours, _ = train(tmp_path / "ours", model=model, pairs=tmp_path / "pairs.jsonl", batch_size=4, lr=5e-4, tokens_per_microbatch=256, ld_alpha=ld_alpha)
 
     class InOrder(trl.DPOTrainer):
         def _get_train_sampler(self, dataset=None):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
     arguments = trl.DPOConfig(
-        output_dir=str(tmp_path / "trl"), beta=0.1, learning_rate=5e-4, lr_scheduler_type="cosine", warmup_steps=0.1, max_grad_norm=1.0,
+        output_dir=str(tmp_path / "trl"), beta=0.1, ld_alpha=None if ld_alpha == 1 else ld_alpha, learning_rate=5e-4, lr_scheduler_type="cosine", warmup_steps=0.1, max_grad_norm=1.0,
         weight_decay=0.0, per_device_train_batch_size=4, num_train_epochs=1, max_length=None, logging_steps=1, save_strategy="no",
         report_to="none", disable_tqdm=True, bf16=False, use_cpu=True, gradient_checkpointing=False)
     trainer = InOrder(model=AutoModelForCausalLM.from_pretrained(model), args=arguments, processing_class=AutoTokenizer.from_pretrained(model),
@@ -187,6 +187,19 @@ def test_logged_log_probs_are_those_of_plain_transformers(pairs, tmp_path):
             sums[name] = sums.get(name, 0) + logp.gather(-1, torch.tensor(response)[:, None]).sum().item() / len(records)
     assert [logged[0]["logp_chosen"], logged[0]["logp_rejected"]] == pytest.approx([sums["chosen"], sums["rejected"]], rel=1e-6, abs=1e-5)
     assert apart(weights, load_file(model / "model.safetensors")) == 0  # what is saved is what was loaded
+
+
+def test_wpo_scales_the_gradient_of_a_pair_by_its_weight(tiny_model, tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", 1)
+    plain, weighed = (train(tmp_path / str(wpo), model=tiny_model, pairs=tmp_path / "pairs.jsonl", batch_size=1, clip=1e9, wpo=wpo)[0][0] for wpo in (False, True))
+    tokenizer, ends = data.load_tokenizer(tiny_model)
+    (r,), _ = data.read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, ends, 2560)
+    lm, exponent = AutoModelForCausalLM.from_pretrained(tiny_model), 0.0
+    for response in (r["chosen_ids"].tolist(), r["rejected_ids"].tolist()):
+        logp = lm(torch.tensor([r["prompt_ids"].tolist() + response])).logits[0, len(r["prompt_ids"]) - 1:-1].log_softmax(-1)
+        exponent += (logp.gather(-1, torch.tensor(response)[:, None])[:, 0] - (2 * logp).logsumexp(-1)).mean().item()
+    assert plain["weight"] == 1 and weighed["weight"] == pytest.approx(math.exp(exponent), rel=1e-5) and weighed["weight"] < 0.9
+    assert weighed["loss"] == plain["loss"] and weighed["grad_norm"] == pytest.approx(weighed["weight"] * plain["grad_norm"], rel=1e-5)
 
 
 def test_every_record_counts_its_tokens_padding_memory_and_flops(tiny_model, pairs, plain_run):
