@@ -22,6 +22,8 @@ processes = 1                           # processes per stage, one per GPU; abov
 engines = 0                             # processes of generate, each with tensor_parallel GPUs; 0: as many as processes
 rank_processes = 0                      # processes of rank: fewer for a local judge with tensor_parallel GPUs; 0: as many as processes
 new_instructions = 0                    # instructions written by self-instruct at each iteration (AIPO: 20,000); 0: prompts are drawn from the pool
+pairs = ""                              # pairs to train on, not the policy's own: file or NAME:SPLIT; several, with spaces: iterations in turn
+candidates = ""                         # responses to rank, not the policy's own, likewise
 prepare = ""                            # script that makes what the recipe needs (model, prompts), run first
 eval_prompts = ""                       # held-out prompts on which every iteration is evaluated; empty: no evaluation
 eval_prompt_field = ""                  # their column, as prompt_field
@@ -141,7 +143,9 @@ def main():
     run = changed.pop("out", "") or os.path.join("out", os.path.splitext(os.path.basename(name))[0])
     changed.get("model") or sys.exit(f"{name}: 'model' is not set: a Hugging Face folder or hub name")
     path = os.path.join(run, "recipe.py")
-    if os.path.exists(path) and glob.glob(os.path.join(run, "iter_*", "*.jsonl")):
+    if sum(bool(changed.get(key)) for key in ("pairs", "candidates", "new_instructions")) > 1:
+        sys.exit(f"{name}: of pairs, candidates and new_instructions only one can be what a run is made of")
+    if os.path.exists(path) and glob.glob(os.path.join(run, "iter_*", "*")):
         before = {k: v for k, (v, *_) in literals(path).items()}
         for key in sorted(before.keys() | changed.keys()):
             default = every[key][0] if key in every else None

@@ -60,8 +60,21 @@ def files(path):
 def read(path, *required):
     """Yield (place, record) for each object of a JSONL file, a .json array, either with .gz, a folder, a glob or a set of shards.
 
-    place is "file:line". A line that is no JSON object or lacks a required field ends the program with its place.
+    NAME:SPLIT or NAME:CONFIG:SPLIT is a Hugging Face dataset. place is "file:line". A line that is no JSON object or lacks a required
+    field ends the program with its place.
     """
+    if ":" in path and not os.path.exists(path):
+        from datasets import load_dataset
+        *name, split = re.split(r":(?![^\[]*\])", path)                  # not the colon of train[:100]
+        try:
+            rows = load_dataset(*name, split=split)
+        except Exception as e:                                          # hub and file errors come in many classes
+            sys.exit(f"{path}: no such file, and no data set NAME:SPLIT that can be loaded ({str(e).strip().splitlines()[0]})")
+        for n, row in enumerate(rows, 1):
+            for field in required:
+                field in row or sys.exit(f"{path} row {n}: field '{field}' is missing")
+            yield f"{path} row {n}", row
+        return
     for file in files(path):
         with (gzip.open if file.endswith(".gz") else open)(file, "rb") as f:
             array = file.removesuffix(".gz").endswith(".json")
@@ -264,17 +277,8 @@ def read_prompts(path, field=""):
     takes the first of prompt, messages, instruction (with its input), turns (the first of them), chosen (all but its last message).
     A prompt without id, question_id or uid gets one from its text.
     """
-    if ":" in path and not os.path.exists(path):
-        from datasets import load_dataset
-        *name, split = re.split(r":(?![^\[]*\])", path)                  # not the colon of train[:100]
-        try:
-            rows = ((f"{path} row {n}", row) for n, row in enumerate(load_dataset(*name, split=split), 1))
-        except Exception as e:                                          # hub and file errors come in many classes
-            sys.exit(f"{path}: no such file, and no data set NAME:SPLIT that can be loaded ({str(e).strip().splitlines()[0]})")
-    else:
-        rows = read(path)
     prompts, seen = [], {}
-    for place, row in rows:
+    for place, row in read(path):
         key = field or next((f for f in ("prompt", "messages", "instruction", "turns", "chosen") if row.get(f) is not None), "prompt")
         value = row.get(key)
         turns = row.pop("turns", None)                                  # beside another prompt they are not what is asked
@@ -300,10 +304,17 @@ def read_prompts(path, field=""):
 
 
 def read_candidates(path):
-    """Yield (place, record) of candidates: id a string, prompt messages, responses objects with a text; they may have been bare texts."""
-    for n, (place, row) in enumerate(read(path, "prompt", "responses")):
+    """Yield (place, record) of candidates: id a string, prompt messages, responses objects with a text; they may have been bare texts.
+
+    Pairs that others have ranked (chosen, rejected) are candidates too: their two responses.
+    """
+    for n, (place, row) in enumerate(read(path, "prompt")):
         row["id"] = str(row.get("id", n))
         row["prompt"] = messages_of(row["prompt"]) or sys.exit(f"{place}: 'prompt' has to be a text or a list of messages with role and content")
+        if "responses" not in row:
+            sides = [messages_of(row.pop(k, None)) for k in ("chosen", "rejected")]
+            all(sides) or sys.exit(f"{place}: neither 'responses' nor 'chosen' and 'rejected' in it")
+            row["responses"] = [m[-1]["content"] for m in sides]
         responses = row["responses"] if isinstance(row["responses"], list) else [None]
         row["responses"] = [{"text": r} if isinstance(r, str) else r for r in responses]
         if not all(isinstance(r, dict) and isinstance(r.get("text"), str) and isinstance(r.get("ids", []), list) for r in row["responses"]):

@@ -13,6 +13,7 @@ settings=$(python "$here/configurator.py" "$@")   # checks them and keeps them a
 eval "$settings"
 launch() { if (($1 > 1)); then torchrun --standalone --nproc-per-node="$1" "${@:2}"; else python "${@:2}"; fi; }
 stage() { echo "--- iteration $t: $1"; launch "$2" "$here/$1.py" "$out/recipe.py" "${@:3}"; }   # name, processes, settings
+turn() { local all; read -ra all <<< "$1"; echo "${all[(t - 1) % ${#all[@]}]}"; }   # of several, this iteration's
 if ((engines == 0)); then engines=$processes; fi
 if ((rank_processes == 0)); then rank_processes=$processes; fi
 
@@ -21,14 +22,19 @@ policy=$model
 for ((t = 0; t <= iterations; t++)); do
   now=$out/iter_$t
   if ((t > 0)); then
-    from=()
-    if ((new_instructions)); then
-      stage generate "$engines" --task=instructions --n_prompts="$new_instructions" --iteration="$t" --model="$policy" --out="$now/prompts.jsonl"
-      from=(--prompts="$now/prompts.jsonl" --prompt_field= --n_prompts=0)
+    sampled=$now/candidates.jsonl ranked=$now/pairs.jsonl
+    if [[ $candidates ]]; then sampled=$(turn "$candidates")
+    elif [[ ! $pairs ]]; then
+      from=()
+      if ((new_instructions)); then
+        stage generate "$engines" --task=instructions --n_prompts="$new_instructions" --iteration="$t" --model="$policy" --out="$now/prompts.jsonl"
+        from=(--prompts="$now/prompts.jsonl" --prompt_field= --n_prompts=0)
+      fi
+      stage generate "$engines" --iteration="$t" --model="$policy" --out="$sampled" ${from[@]+"${from[@]}"}
     fi
-    stage generate "$engines" --iteration="$t" --model="$policy" --out="$now/candidates.jsonl" ${from[@]+"${from[@]}"}
-    stage rank "$rank_processes" --model="$policy" --candidates="$now/candidates.jsonl" --out="$now/pairs.jsonl"
-    stage train "$processes" --model="$policy" --pairs="$now/pairs.jsonl" --out="$now/model"
+    if [[ $pairs ]]; then ranked=$(turn "$pairs")
+    else stage rank "$rank_processes" --model="$policy" --candidates="$sampled" --out="$ranked"; fi
+    stage train "$processes" --model="$policy" --pairs="$ranked" --out="$now/model"
     policy=$now/model
   fi
   if [[ $eval_prompts ]]; then
