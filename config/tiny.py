@@ -1,32 +1,32 @@
-"""The embedded world: the whole loop on two CPU cores in minutes. Settings as measured for it, not the paper's."""
+"""The embedded world: the whole loop on two CPU cores in minutes. Settings as measured for it (ours), not the paper's."""
 prepare = "tiny/prepare.py"             # builds tiny/world on the first run, two to three minutes
-model = "tiny/world/base"
-prompts = "tiny/world/prompts.jsonl"
-eval_prompts = "tiny/world/heldout.jsonl"
-iterations = 6
+model = "tiny/world/base"               # 0.8M parameters
+prompts = "tiny/world/prompts.jsonl"    # with checkable answers
+eval_prompts = "tiny/world/heldout.jsonl"  # the same kinds of questions, about other things
+iterations = 6                          # DPO reaches the cap on length here
 
 # generate
 engine = "transformers"                 # runs anywhere; --engine=vllm is as good
-n_prompts = 512
-n_responses = 5
+n_prompts = 512                         # 256 with batches of 16 are faster and noisier
+n_responses = 5                         # AIPO's N
 temperature = 1.0                       # a small model needs it for five different answers
-top_k = 0
-max_new_tokens = 64
+top_k = 0                               # off
+max_new_tokens = 64                     # the cap that DPO grows to
 dtype = "float32"                       # CPUs
 
 # rank
-ranker_model = "tiny/world/judge"
+ranker_model = "tiny/world/judge"       # a PairRM of 0.3M parameters that likes length a little
 drop_unfinished = False                 # answers at the cap of 64 tokens are this world's long answers
 
 # eval
-eval_ranker_model = "tiny/world/judge"
+eval_ranker_model = "tiny/world/judge"  # the same judge on purpose: right answers are the truth that it does not see
 
 # train
-loss = "aipo"
+loss = "aipo"                           # Eq. 10
 beta = 0.5                              # here margins s_ref are 2 to 14 nats, where the paper's are tens to hundreds, so
 alpha = 0.3                             # alpha * beta = .15 stands for the paper's .005: .1 halves the growth, .2 stops it
-lambda_ = 0.2
-lr = 4e-4
-batch_size = 32
-betas = "0.9,0.99"
+lambda_ = 0.2                           # in the paper's range
+lr = 4e-4                               # for 0.8M parameters
+batch_size = 32                         # at 16 one run collapsed
+betas = "0.9,0.99"                      # for 16 steps an iteration
 recompute = False                       # memory is no concern at 0.8M parameters

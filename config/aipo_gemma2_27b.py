@@ -1,0 +1,39 @@
+"""AIPO (arXiv 2409.08845) on Gemma-2-27B-it; one node of 8 GPUs of 80 GB.
+
+27.2e9 x 16 bytes (float32 weights, two moments, gradients) are 435 GB, 54 of the 80 GB of each GPU.
+"""
+model = "google/gemma-2-27b-it"         # Tab. 3
+prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # the paper's pool, 61,135 prompts
+eval_prompts = "HuggingFaceH4/ultrafeedback_binarized:test_prefs"  # ours, for the local win rate
+n_eval = 512                            # ours
+iterations = 5                          # ours; the paper goes up to 15 and reports the one best on Arena-Hard
+processes = 8                           # ours: one node, a process per GPU
+engines = 4                             # ours: 54 GB of weights leave one GPU too little room
+tensor_parallel = 2                     # ours: so two GPUs each
+
+# generate
+engine = "vllm"                         # ours
+new_instructions = 20000                # per iteration (Sec. 4.2), by self-instruct from this pool
+min_prompt_tokens = 3                   # of an instruction (repository)
+n_responses = 5                         # N (Sec. 3)
+temperature = 0.4                       # repository default, the paper is silent
+top_k = 50                              # repository
+max_new_tokens = 2048                   # repository
+max_prompt_tokens = 512                 # templated prompt (repository)
+
+# rank
+ranker = "pairrm"                       # Sec. 3
+ranker_model = "llm-blender/PairRM"     # Sec. 3; z = mean log-odds of both orders
+rank_batch_tokens = 16384               # ours, for GPUs of 80 GB
+pair_rule = "best_worst"                # paper or repository
+max_response_tokens = 2016              # repository; removes every truncated response
+
+# train
+loss = "aipo"                           # Eq. 10
+beta = 0.1                              # Sec. 4.1
+alpha = 0.05                            # searched .03, .05, .07 on Mistral-Nemo; the best one is not stated
+lambda_ = 0.2                           # searched .2, .5 on Mistral-Nemo; the best one is not stated
+lr = 5e-7                               # Sec. 4.1, cosine with 10 % warm-up, one epoch
+batch_size = 256                        # Sec. 4.2
+max_length = 2560                       # 512 + 2048
+tokens_per_microbatch = 4096            # ours: soft-capped attention takes the path that needs more memory

@@ -1,0 +1,37 @@
+"""AIPO's comparison of rankers (arXiv 2409.08845, Tab. 4), row LLM as a judge.
+
+The table's base model, objective and data are not in our notes: all but the ranker is the last row of Table 1, ours.
+"""
+model = "mistralai/Mistral-7B-Instruct-v0.2"  # ours
+prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # the paper's pool
+eval_prompts = "HuggingFaceH4/ultrafeedback_binarized:test_prefs"  # ours, for the local win rate
+n_eval = 512                            # ours
+iterations = 1                          # ours
+processes = 8                           # ours: one node, a process per GPU
+
+# generate
+engine = "vllm"                         # ours
+new_instructions = 20000                # Sec. 4.2
+min_prompt_tokens = 3                   # of an instruction (repository)
+n_responses = 5                         # N (Sec. 3)
+temperature = 0.4                       # repository default, the paper is silent
+top_k = 50                              # repository
+max_new_tokens = 2048                   # repository
+max_prompt_tokens = 512                 # templated prompt (repository)
+
+# rank
+ranker = "judge"                        # Tab. 4
+ranker_model = "meta-llama/Meta-Llama-3-70B-Instruct"  # ours; whom the paper asks is not in our notes
+judge_url = "http://localhost:8000/v1"  # ours: vllm serve, or any OpenAI-compatible endpoint
+judge_mode = "score"                    # ours, with our rubric
+judge_votes = 1                         # ours
+pair_rule = "best_worst"                # paper or repository
+max_response_tokens = 2016              # repository
+
+# train
+loss = "dpo"                            # ours
+beta = 0.1                              # Sec. 4.1
+lr = 5e-7                               # Sec. 4.1
+batch_size = 128                        # Sec. 4.1
+max_length = 2560                       # 512 + 2048 (repository)
+tokens_per_microbatch = 8192            # ours, for GPUs of 80 GB
