@@ -9,7 +9,8 @@ demo: .venv/ready
 	@PATH=$(CURDIR)/$(BIN):$$PATH VIRTUAL_ENV=$(CURDIR)/.venv bash demo.sh
 
 test: .venv/ready-test
-	$(BIN)/python -m pytest -q -rs tests
+	$(BIN)/python tiny/prepare.py                                     # before two workers want it
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile tests
 
 .venv/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("nanoAIPO needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
