@@ -4,13 +4,14 @@
 # Each makes its own environment in .venv first; nothing but python >= 3.11 and make has to be there.
 PYTHON ?= python3
 BIN := .venv/bin
+LONGEST := tests/test_loop.py tests/test_train.py tests/test_generate.py
 
 demo: .venv/ready
 	@PATH=$(CURDIR)/$(BIN):$$PATH VIRTUAL_ENV=$(CURDIR)/.venv bash demo.sh
 
 test: .venv/ready-test
 	$(BIN)/python tiny/prepare.py                                     # before two workers want it
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder $(LONGEST) tests
 
 .venv/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("nanoAIPO needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'

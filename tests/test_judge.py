@@ -152,7 +152,8 @@ def test_interrupted_from_the_keyboard_it_pays_for_what_is_under_way_and_no_more
 
     server = Judge(misbehave=slow)
     process = subprocess.Popen([sys.executable, *arguments(tmp_path, server.url, judge_concurrency=4)], cwd=ROOT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, env=os.environ | {"OPENAI_API_KEY": KEY})
+                               stderr=subprocess.DEVNULL, env=os.environ | {"OPENAI_API_KEY": KEY},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # the tests may run where it is ignored
     assert some.wait(60)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) != 0

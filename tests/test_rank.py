@@ -289,7 +289,7 @@ def test_candidates_that_cannot_be_read_are_named_by_file_and_line(judge, tmp_pa
     good = {"prompt": "x", "responses": ["a", "b"]}
     for row, message in (({"prompt": "x", "responses": "x"}, "'responses' has to be a list"), ({"prompt": "x", "responses": [1]}, "'responses' has to be a list"),
                          ({"prompt": "x", "responses": [{"ids": [1]}]}, "'responses' has to be a list"), ({"prompt": 3, "responses": []}, "'prompt' has to be"),
-                         ({"prompt": "x"}, "field 'responses' is missing")):
+                         ({"prompt": "x"}, "neither 'responses' nor 'chosen' and 'rejected' in it")):
         done = run("rank.py", f"--candidates={write_rows(tmp_path / 'c.jsonl', good, row)}", f"--ranker_model={judge}", f"--out={tmp_path}/p.jsonl")
         assert done.returncode == 1 and f"c.jsonl:2: {message}" in done.stderr and "Traceback" not in done.stderr and not os.path.exists(tmp_path / "p.jsonl")
 

@@ -18,7 +18,7 @@ from test_generate import pool, writer  # noqa: F401 (the world's base cannot wr
 from test_judge import Judge
 from test_rankers import build_reward
 
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.append(str(ROOT / "bench"))                                  # behind the scripts: bench/ has a rank.py too
 from warm import warm
 
 RECIPES = sorted(p.stem for p in (ROOT / "config").glob("*.py"))
