@@ -21,7 +21,7 @@ import numpy as np
 from data import read
 
 REVISION = "2edc6fad8be6b14ea7230aabfd08188da6b8b814"                   # of tatsu-lab/alpaca_eval on the hub: its tables and baseline
-LEAST_C = 10 ** (4 / 9)                                                 # the penalty that the leaderboard's cross-validation mostly ends up with
+PENALTY_C = 10 ** (4 / 9)                                               # inverse strength of L1, the one the leaderboard mostly ends up with
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")   # MT-Bench: ten questions each, from 81
 REFERRED = ("math", "reasoning", "coding")                              # judged beside a reference answer
 VERDICTS = {"A>>B": (1, 3), "A>B": (1, 1), "A=B": (0.5, 1), "B>A": (0, 1), "B>>A": (0, 3)}               # share that A wins, weight
@@ -120,8 +120,8 @@ def length_controlled(difference, won, others, extra=None):
     beta = np.zeros(features.shape[1])
     for _ in range(200):
         p, size = 1 / (1 + np.exp(-features @ beta)), np.sqrt(beta ** 2 + 1e-4)          # |beta|, smooth at 0
-        gradient = features.T @ (weight * (target - p)) - beta / size / LEAST_C
-        step = np.linalg.solve((features.T * (weight * p * (1 - p))) @ features + np.diag(1e-4 / size ** 3 / LEAST_C), gradient)
+        gradient = features.T @ (weight * (target - p)) - beta / size / PENALTY_C
+        step = np.linalg.solve((features.T * (weight * p * (1 - p))) @ features + np.diag(1e-4 / size ** 3 / PENALTY_C), gradient)
         beta += step / max(1, abs(step).max())
         if abs(step).max() < 1e-9:
             break
@@ -172,7 +172,8 @@ def score_alpaca_eval(judgments, name, answers, tables):
     rows, name = one_model(rows, lambda r: r.get("generator_2", "unknown"), judgments, name)
     once(rows, lambda r: r["instruction"])
     for place, row in rows:
-        all(isinstance(row[k], str) for k in ("instruction", "output_1", "output_2")) or sys.exit(f"{place}: instruction, output_1 and output_2 are texts")
+        for key in ("instruction", "output_1", "output_2"):
+            isinstance(row[key], str) or sys.exit(f"{place}: '{key}' has to be a text")
     won = np.array([np.nan if r["preference"] is None else (r["preference"] or 1.5) - 1 for _, r in rows], dtype=float)
     valid = won[~np.isnan(won)]
     len(valid) or sys.exit(f"{judgments}: not one preference of {name} that is not null")

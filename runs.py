@@ -87,12 +87,11 @@ def read_pairs(folder):
 
 
 def counts_of(folder, stage):
-    """The counts in a stage's manifests, {reason: number}, and their summaries; each shard counts its own, but generate.py's the whole pool."""
+    """The counts in a stage's manifests, {reason: number}, added up over shards, and their summaries."""
     manifests = [manifest_of(f) for f in ([f"{folder}/model"] if stage == "model" else parts(f"{folder}/{stage}.jsonl"))]
     manifests, total = [load_json(m) for m in manifests if os.path.exists(m)], {}
     for key, n in ((key, n) for m in manifests for key, n in m.get("counts", {}).items()):
-        pool = key == "prompts" and stage != "pairs" or key in ("control_text", "too_long", "too_short") and stage in ("candidates", "answers")
-        total[key] = n if pool else total.get(key, 0) + n
+        total[key] = total.get(key, 0) + n
     return total, [m["summary"] for m in manifests if m.get("summary")]
 
 

@@ -304,7 +304,7 @@ WRONG = {
     "empty": ("mt_bench", b"", "judgments of 0 models"), "empty_array": ("alpaca_eval", b"[]", "judgments of 0 models"), "empty_arena": ("arena_hard", b"", "of 0 models"),
     "other_bench": ("mt_bench", arena(a=("A>B", "A>B")), "w.jsonl:1: field 'score' is missing"), "other": ("arena_hard", [rating(81, 1, 5)], "not judgments as arena_hard"),
     "text_for_number": ("mt_bench", [rating(81, 1, "high")], "not judgments as mt_bench"), "one_game": ("arena_hard", [arena(a=("A>B",))[0]], "not judgments as arena_hard"),
-    "no_text": ("alpaca_eval", [ANNOTATION | {"output_2": ["x"]}], "w.jsonl:1: instruction, output_1 and output_2 are texts"), "no_object": ("mt_bench", [3], "w.jsonl:1: a record"),
+    "no_text": ("alpaca_eval", [ANNOTATION | {"output_2": ["x"]}], "w.jsonl:1: 'output_2' has to be a text"), "no_object": ("mt_bench", [3], "w.jsonl:1: a record"),
     "beyond_2": ("alpaca_eval", [ANNOTATION | {"preference": 3}], "a preference is between 1 and 2"), "all_null": ("alpaca_eval", [ANNOTATION | {"preference": None}], "not one"),
     "no_rating": ("mt_bench", [rating(81, 1, -1)], "not one rating"), "no_verdict": ("arena_hard", arena(a=(None, "x")), "not one verdict on m"),
     "two_judges": ("mt_bench", [rating(81, 1, 5), rating(82, 1, 5, judge=["gpt-5", "single-v1"])], "judged by gpt-4 and by gpt-5; two judges are never"),

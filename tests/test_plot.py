@@ -287,7 +287,7 @@ def test_shards_are_one_file_and_unfinished_ones_none(tmp_path):
         for k in (0, 1):
             shard = parts / "iter_1" / f"{stage}-0000{k}-of-00002.jsonl"
             write(shard, rows[k::2])
-            counts = {"candidates": {"too_long": 3, "responses": 80, "prompts": 40}, "pairs": {"prompts": 20, "pairs": 20, "identical": 617}}[stage]
+            counts = {"candidates": {"too_long": 3 * (k == 0), "responses": 80, "prompts": 20}, "pairs": {"prompts": 20, "pairs": 20, "identical": 617}}[stage]
             write_json(shard.with_suffix(".manifest.json"), {"counts": counts, "summary": {"longer_won": 0.5 + 0.5 * k, "longer_won_n": 10 + 20 * k}})
         path.unlink()
         (parts / "iter_1" / f"{stage}.manifest.json").unlink()
