@@ -34,6 +34,7 @@ import zlib
 from configurator import FREE
 
 DTYPES = ("bfloat16", "float32")
+LENGTH_ALARM = 1.5                                                      # answers that many times as long as the baseline's are told aloud
 NUMBER = r"(?:(?<!\w)-)?(?:\d+(?:\.\d+)?|\.\d+)"
 CHOICE = r"(?<![\w'])(?:[B-HJ-Z]|[AI](?! [a-z]))(?![\w'])"        # not the words A and I
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

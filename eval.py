@@ -15,7 +15,7 @@ import sys
 import time
 
 from configurator import configure
-from data import begin, fingerprint, is_right, manifest_of, read_candidates, write_json
+from data import LENGTH_ALARM, begin, fingerprint, is_right, manifest_of, read_candidates, write_json
 
 # ---- settings ----
 bench = "win_rate"                      # win_rate (any prompts), alpaca_eval, mt_bench or arena_hard
@@ -55,9 +55,10 @@ def first_answers(path):
 def interval(values):
     """Mean of (N,) values and its 95 % interval [low, high]."""
     import numpy as np
+    from benchmarks import error_of
     values = np.asarray(values, dtype=float)
-    half = 1.96 * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
-    return float(values.mean()), [float(values.mean() - half), float(values.mean() + half)]
+    mean, half = float(values.mean()), 1.96 * float(error_of(values))
+    return mean, [mean - half, mean + half]
 
 
 def variety(texts):
@@ -127,9 +128,8 @@ def win_rate():
 
 def ask_judge():
     """Write `judgments` by asking judge_model; replies are kept as they came, beside it, and none is asked for twice."""
-    own, suffix = {k: config[k] for k in ("bench", "judge_model", "verdict_tokens", "answers", "baseline")}, ".jsonl"
-    if bench == "alpaca_eval":
-        suffix = ".json"
+    own = {k: config[k] for k in ("bench", "judge_model", "verdict_tokens", "bench_data", "answers", "baseline")}
+    suffix = ".json" if bench == "alpaca_eval" else ".jsonl"
     judgments.endswith(suffix) or sys.exit(f"--judgments={judgments}: the judge_model's go to a {suffix} file")
     who = {"model": judge_model} if judge_url else {"model": judge_model, "weights": fingerprint(judge_model), "seed": seed}
     manifest = begin(judgments, suffix, own | {"judge": who}, *(k for k in ("answers", "baseline") if config[k]))
@@ -199,7 +199,7 @@ def main():
             *(shown(scores[k]) for k in ("win_rate", "win_rate_ci", "lc_win_rate", "accuracy", "length")), **scores, out=out))
     else:
         print("\n".join(f"{key:>18}  {shown(value)}" for key, value in scores.items()), f"\n{'':>18}  -> {out}")
-    if scores.get("baseline_length") and scores["length"] > 1.5 * scores["baseline_length"]:
+    if scores.get("baseline_length") and scores["length"] > LENGTH_ALARM * scores["baseline_length"]:
         print(f"LENGTH ALARM: answers are {scores['length'] / scores['baseline_length']:.1f} times as long as the baseline's; judges like length, "
               "so do not read this win rate as quality")
 

@@ -159,11 +159,8 @@ def topics(texts):
     """Lists of texts of one topic each: all of them, or k-means over TF-IDF."""
     if not instruction_clusters:
         return [texts]
-    try:
-        from sklearn.cluster import KMeans
-        from sklearn.feature_extraction.text import TfidfVectorizer
-    except ImportError:
-        sys.exit(f"--instruction_clusters={instruction_clusters}: needs scikit-learn; pip install scikit-learn, or take 0")
+    from sklearn.cluster import KMeans
+    from sklearn.feature_extraction.text import TfidfVectorizer
     vectors = TfidfVectorizer(sublinear_tf=True, stop_words="english").fit_transform(texts)
     labels = KMeans(min(instruction_clusters, len(texts)), random_state=seed, n_init=1).fit_predict(vectors)
     return [[t for t, label in zip(texts, labels) if label == k] for k in sorted(set(labels))]

@@ -13,11 +13,12 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
+from data import LENGTH_ALARM
 from runs import CONTROL, DRAWN, INK, LENGTH, MARKS, STAGES, columns, everyone, judges, number, show, title
 
 PAGE_RC = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK)
 EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
-SHOWN, CUT, ALARM = 5, 4000, 1.5                                        # prompts and characters of answers shown; eval.py's alarm
+SHOWN, CUT = 5, 4000                                                    # prompts and characters of answers shown
 
 
 def text(value):
@@ -66,7 +67,7 @@ def too_long(now):
     found = {}
     for key, row in now["scores"].items():
         unit, base = next((u for u in LENGTH if number(row, u)), ""), number(row, "baseline_length")
-        if unit and base and row[unit] > ALARM * base:
+        if unit and base and row[unit] > LENGTH_ALARM * base:
             found[key] = row[unit] / base, row[unit], base, unit
     return found
 

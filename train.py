@@ -41,7 +41,7 @@ delta = 1.0                             # slic
 eps = 0.1                               # robust, exo
 label_smoothing = 0.0                   # share of labels taken to be flipped; dpo with 0.1 is cDPO
 soft_labels = False                     # take p = sigmoid(z) as the label; else hard, as AIPO and DPO do
-ld_alpha = 1.0                          # weight of tokens past the length of the pair's shorter response (LD-DPO, 2409.06411: 0.5)
+ld_alpha = 1.0                          # weight of tokens past the pair's shorter response (LD-DPO, 2409.06411: 0.5), in nll and averages too
 wpo = False                             # weigh each pair by how likely the policy is to write it (WPO, 2406.11827); the logged loss is not weighted
 z_clip = 4.0                            # z is cut to +-z_clip (iREPO's target; ours)
 lr = 5e-7                               # peak learning rate (AIPO: 5e-7)

@@ -387,6 +387,8 @@ def test_alpaca_eval_judged_by_log_probs_is_scored_by_the_same_command(alpaca, t
     assert scores["win_rate"] == pytest.approx(100 * statistics.mean(r["preference"] - 1 for r in rows)) and 0 < scores["lc_win_rate"] < 100
     assert server.keys == {f"Bearer {KEY}"} and not any(KEY in f.read_text() for f in tmp_path.rglob("*") if f.is_file())
     assert "nothing to do" in done(*command).stdout and sum(server.paid.values()) == 59
+    other = run(*command, "--bench_data=elsewhere")                     # another prompt of the judge is another judgment
+    assert other.returncode == 1 and "was made with another 'bench_data'" in other.stderr
     if SHARED.is_dir():
         assert {*loaded(ALPACA / JUDGED[1] / "annotations.json.gz")[0]} <= {*rows[0], "dataset"}
 

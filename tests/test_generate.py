@@ -311,7 +311,6 @@ def test_the_filters_of_instructions_are_settings(generate, monkeypatch):
 
 
 def test_topics_share_the_pool_out(generate, monkeypatch):
-    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     texts = [f"cook {w} soup with {w}" for w in ("bean", "leek", "corn")] * 3 + [f"paint {w} walls of {w}" for w in ("red", "blue", "green")] * 3
     assert generate.topics(texts) == [texts]
     monkeypatch.setattr(generate, "instruction_clusters", 2)
