@@ -32,7 +32,7 @@ eval_temperature = 0.7                  # sampling temperature of the evaluated 
 
 SCRIPTS = ("configurator.py", "generate.py", "rank.py", "train.py", "eval.py")
 FREE = {"iterations", "gpu_memory", "rank_batch_tokens", "tokens_per_microbatch", "recompute", "gather_chunk", "compile", "shard_size",
-        "checkpoint_every", "keep_checkpoints", "reference_cache", "wandb", "tensorboard", "judge_url", "judge_concurrency", "engine_url"}
+        "checkpoint_every", "keep_checkpoints", "reference_cache", "wandb", "tensorboard", "judge_url", "judge_concurrency", "engine_url", "gpus", "response_tokens"}
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -128,16 +128,14 @@ def configure(namespace):
     return {k: namespace[k] for k in own}
 
 
-def main():
-    """Resolve a run for iterate.sh: check every setting, keep them as out/RUN/recipe.py, print the loop's for the shell.
+def resolve(arguments, every):
+    """(What recipe and command line set, the run's folder) of a run of iterate.sh, checked; nothing is written.
 
     A run keeps the settings it was started with. Those in FREE may change, so that it can go on for more iterations or
     fit into less memory: beyond rounding they do not enter what is computed (kto_pair and alpha_dpo_24 excepted).
     """
-    arguments = sys.argv[1:]
-    every = {k: v for script in SCRIPTS for k, v in declared(script).items()}
     if not arguments or "--help" in arguments:
-        sys.exit("usage: bash iterate.sh config/x.py [--key=value ...]")
+        sys.exit("usage: bash iterate.sh config/x.py [--preflight] [--key=value ...]")
     changed = changes(arguments, every, every)
     name = next((a for a in arguments if not a.startswith("--")), "run")
     run = changed.pop("out", "") or os.path.join("out", os.path.splitext(os.path.basename(name))[0])
@@ -152,6 +150,13 @@ def main():
             if key not in FREE and before.get(key, default) != changed.get(key, default):
                 sys.exit(f"{path}: this run was started with {key}={before.get(key, default)!r}, not "
                          f"{changed.get(key, default)!r}: choose another --out, or remove {run}")
+    return changed, run
+
+
+def main():
+    """Resolve a run for iterate.sh: check every setting, keep them as out/RUN/recipe.py, print the loop's for the shell."""
+    changed, run = resolve(sys.argv[1:], {k: v for script in SCRIPTS for k, v in declared(script).items()})
+    path = os.path.join(run, "recipe.py")
     os.makedirs(run, exist_ok=True)
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         f.writelines(f"{k} = {v!r}\n" for k, v in changed.items())

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Algorithm 1 of AIPO: sample, rank, train, and again with the policy that came out.
 #
-#     bash iterate.sh config/x.py [--key=value ...]
+#     bash iterate.sh config/x.py [--preflight] [--key=value ...]
 #
 # Each arrow is a process of its own (processes > 1: torchrun, on one node), so its memory is back when it ends. A stage whose
 # output is there is not run again: interrupt anywhere, run the same command to go on. Settings of the loop: configurator.py.
@@ -9,6 +9,7 @@ set -euo pipefail
 here=$(dirname "$0")
 if [[ -z ${VIRTUAL_ENV:-} && -x $here/.venv/bin/python ]]; then PATH=$(realpath "$here")/.venv/bin:$PATH; fi
 
+if [[ " $* " == *" --preflight "* ]]; then exec python "$here/preflight.py" "$@"; fi     # what the run needs, and no run
 settings=$(python "$here/configurator.py" "$@")   # checks them and keeps them as $out/recipe.py
 eval "$settings"
 launch() { if (($1 > 1)); then torchrun --standalone --nproc-per-node="$1" "${@:2}"; else python "${@:2}"; fi; }
