@@ -265,7 +265,7 @@ def save_policy(policy, folder, dtype, tokenizer, ends, rank):
             b, a = (weights[f"{adapted}.lora_{x}.default.weight"].full_tensor().detach() for x in "BA")
             whole = whole.float() + policy.lm.get_submodule(adapted).scaling["default"] * (b @ a)
         if rank == 0:
-            state[key.replace(".base_layer.", ".")] = whole.to("cpu", dtype)
+            state[key.replace(".base_layer.", ".")] = whole.to("cpu", dtype, copy=True)    # gathered rows may lie in a longer buffer
     if rank == 0:
         from huggingface_hub import save_torch_state_dict
         save_torch_state_dict(state, folder, metadata={"format": "pt"})

@@ -95,7 +95,7 @@ def test_eight_steps_of_dpo_log_the_losses_and_rewards_of_trl(template, ld_alpha
 def test_two_processes_give_the_weights_of_one_when_the_pairs_do_not_divide(tied, tiny_model, pairs, plain_run, tmp_path):
     _, settings, one, weights = plain_run
     if tied:
-        settings = settings | {"model": build_model(tmp_path / "tied", tie_word_embeddings=True)}
+        settings = settings | {"model": build_model(tmp_path / "tied", tie_word_embeddings=True, vocab_size=263)}
         one, weights = train(tmp_path / "one", **settings)
     two, weights_two = train(tmp_path / "two", processes=2, **settings)
     assert [r["pairs"] for r in two] == [3, 3, 1] * 2                   # the last batch leaves one process without a pair
