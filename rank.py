@@ -75,7 +75,8 @@ def right_wrong(scores, lengths, draw):
     return [(right[k % len(right)], wrong[(k + k // again) % len(wrong)]) for k in range(min(max_pairs, len(right) * len(wrong)))]
 
 
-PAIR_RULES = {"best_worst": best_worst, "best_random": best_random, "length_aware": best_worst, "short_long": short_long, "right_wrong": right_wrong}
+PAIR_RULES = {"best_worst": best_worst, "best_random": best_random, "length_aware": best_worst, "short_long": short_long,
+              "right_wrong": right_wrong}
 
 
 def per_token(values, lengths):

@@ -228,7 +228,8 @@ def annotators(model, counts, *, annotator_votes, pseudo_count, **settings):
     return rank
 
 
-RANKERS = {"pairrm": pairrm, "llm-blender": llm_blender, "reward": reward, "judge": judge, "answer": answer, "annotators": annotators}
+RANKERS = {"pairrm": pairrm, "llm-blender": llm_blender, "reward": reward, "judge": judge, "answer": answer,
+           "annotators": annotators}
 
 
 def load_ranker(ranker, model, settings, counts):
