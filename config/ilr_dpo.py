@@ -25,6 +25,6 @@ pair_rule = "best_worst"                # unpublished; ours
 # train
 loss = "rdpo"                           # paper; 2403.19159 Eq. 9
 beta = 0.1                              # unpublished; ours, R-DPO's .01 to .1
-alpha = 0.05                            # unpublished; ours, R-DPO's .05 to 1
+alpha = 0.05                            # unpublished; ours: nats of the logit a token, so 200 tokens count as much as beta x 100
 lr = 5e-7                               # unpublished; AIPO's
 batch_size = 128                        # unpublished; ours

@@ -28,7 +28,7 @@ pair_rule = "best_worst"                # strongest against weakest (review)
 # train
 loss = "irepo"                          # Eq. 16
 beta = 0.1                              # ours, unknown
-z_clip = 4.0                            # ours
+z_clip = 4.0                            # ours; the first losses of the log speak for far smaller targets, .1 to .25
 lr = 5e-6                               # log, cosine with 10 % warm-up, one epoch
 batch_size = 32                         # log of Phi-2
 seed = 42                               # log

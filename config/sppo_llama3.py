@@ -1,7 +1,7 @@
 """SPPO (arXiv 2405.00675) on Llama-3-8B-Instruct.
 
 Leaves out: RMSprop (AdamW here), PairRM on the templated prompt (bare here), their three parts of the prompts (drawn anew here), and
-cutting: a pair above max_length is dropped.
+cutting: a pair above max_length is dropped. Their win rates come from differences of llm-blender's scores, which add both orders: twice our odds.
 """
 model = "meta-llama/Meta-Llama-3-8B-Instruct"  # paper
 prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # paper
@@ -32,5 +32,5 @@ lr = 5e-7                               # paper
 schedule = "linear"                     # paper
 warmup = 0.1                            # paper
 batch_size = 64                         # paper
-epochs = 1                              # paper: one, of 18 that the schedule spans
+epochs = 1                              # code, with its schedule; the paper schedules 18 and stops after one
 max_length = 1024                       # code

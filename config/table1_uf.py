@@ -1,4 +1,7 @@
-"""AIPO's Table 1 (arXiv 2409.08845), row UF: one pass of DPO on UltraFeedback's pairs as they are."""
+"""AIPO's Table 1 (arXiv 2409.08845), row UF: one pass of DPO on UltraFeedback's pairs as they are.
+
+Leaves out the repository's filters: URLs in the chosen response, prompts above 512 and responses above 2,016 tokens.
+"""
 model = "mistralai/Mistral-7B-Instruct-v0.2"  # Tab. 1
 pairs = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # Tab. 1, 61,135 pairs
 eval_prompts = "HuggingFaceH4/ultrafeedback_binarized:test_prefs"  # ours, for the local win rate

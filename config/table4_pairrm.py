@@ -28,7 +28,7 @@ max_response_tokens = 2016              # repository
 
 # train
 loss = "dpo"                            # ours
-beta = 0.1                              # Sec. 4.1
+beta = 0.1                              # repository (stage_dpo.yaml)
 lr = 5e-7                               # Sec. 4.1
 batch_size = 128                        # Sec. 4.1
 max_length = 2560                       # 512 + 2048 (repository)

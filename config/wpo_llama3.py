@@ -1,8 +1,8 @@
 """WPO (arXiv 2406.11827) on Llama-3-8B-Instruct, scores by a language model.
 
 Leaves out: GPT-4-Turbo's own sixth response, and that the chosen one scores 5 or more (theirs is another scale). GPT-4-Turbo is retired:
-any judge at --judge_url. The others: --model=alignment-handbook/zephyr-7b-sft-full --lr=5e-7; --model=google/gemma-2-9b-it, there with
-ArmoRM, whose own code we do not run.
+any judge at --judge_url. The others: --model=HuggingFaceH4/mistral-7b-sft-beta --lr=5e-7 --epochs=1 --max_length=1024 --max_prompt_tokens=512;
+--model=google/gemma-2-9b-it, there with ArmoRM, whose own code we do not run.
 """
 model = "meta-llama/Meta-Llama-3-8B-Instruct"  # paper
 prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # paper
@@ -17,6 +17,7 @@ n_responses = 5                         # paper, besides GPT-4-Turbo's
 temperature = 0.7                       # paper
 top_p = 0.95                            # paper
 top_k = 0                               # paper: names none
+max_prompt_tokens = 1800                # repository
 
 # rank
 ranker = "judge"                        # paper
@@ -31,7 +32,7 @@ min_gap = 1.0                           # paper; of ours, 0 to 5
 loss = "dpo"                            # paper
 beta = 0.01                             # paper
 wpo = True                              # the paper's weight of a pair
-lr = 1e-6                               # paper: 5e-7 or 1e-6, cosine with 10 % warm-up
+lr = 1e-6                               # repository, cosine with 10 % warm-up
 batch_size = 128                        # paper
-epochs = 1                              # paper: 1 or 2
-max_length = 2048                       # paper: 1,024 to 2,048
+epochs = 2                              # repository (llama3_instruct.yaml)
+max_length = 2048                       # repository
