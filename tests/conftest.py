@@ -2,19 +2,26 @@
 
     from conftest import ROOT, build_model, run, torchrun, write_pairs
 """
+import atexit
+import contextlib
+import functools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))                                           # tests import losses, data, configurator
+sys.path.append(str(ROOT / "bench"))                                    # behind the scripts: bench/ has a rank.py too
 ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.update(ENV)
+from warm import warm
 
 SPECIALS = ["<s>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"]
 PLAIN = ("{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
@@ -22,9 +29,21 @@ PLAIN = ("{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['
 CHATML = PLAIN.replace("'<|end|>'", "'<|end|>\\n'")                     # ends a turn and then a line, as ChatML does
 
 
+@functools.cache
+def warm_python():
+    """A python that has imported everything (bench/warm.py), from the first test that runs a script to the end of this worker."""
+    stack = contextlib.ExitStack()
+    atexit.register(stack.close)
+    return shutil.which("python", path=stack.enter_context(warm(stack.enter_context(tempfile.TemporaryDirectory())))["PATH"])
+
+
 def run(script, *args, python=(), env=None, **settings):
-    """Run a script of the repository with --key=value for each setting; a CompletedProcess with text."""
-    command = [sys.executable, *python, script, *args, *(f"--{k}={v}" for k, v in settings.items())]
+    """Run a script of the repository with --key=value for each setting; a CompletedProcess with text.
+
+    In a fork of a process that has imported everything; in one of its own where options for python or an environment are given.
+    """
+    own = python or env or not script.endswith(".py")
+    command = [sys.executable if own else warm_python(), *python, script, *args, *(f"--{k}={v}" for k, v in settings.items())]
     return subprocess.run(list(map(str, command)), cwd=ROOT, env=os.environ | (env or {}), capture_output=True, text=True, timeout=300)
 
 

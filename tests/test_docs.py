@@ -15,8 +15,6 @@ import pytest
 
 from conftest import ROOT
 from test_eval import ALPACA, ARENA, Grader, mt_bench, published
-
-sys.path.append(str(ROOT / "bench"))
 from warm import warm
 
 TOUR = ROOT / "docs" / "tour.md"

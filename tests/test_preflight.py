@@ -71,7 +71,8 @@ def test_training_takes_the_memory_it_says(given, tmp_path):
                        num_key_value_heads=4, vocab_size=8000, initializer_range=0.02)
     pair = {"prompt": "p", "chosen": "c", "rejected": "r", "prompt_ids": [9] * 50, "chosen_ids": [10] * 100, "rejected_ids": [11] * 100}
     (tmp_path / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 4)
-    done = run("train.py", model=name, pairs=tmp_path / "pairs.jsonl", out=tmp_path / "policy", loss="dpo", batch_size=4, lr=1e-5, **given)
+    done = run("train.py", python=["-u"], model=name, pairs=tmp_path / "pairs.jsonl", out=tmp_path / "policy", loss="dpo", batch_size=4, lr=1e-5,
+               **given)                                                 # -u: a process of its own, with its own memory
     assert done.returncode == 0, done.stdout + done.stderr
     measured = json.loads((tmp_path / "policy/metrics.jsonl").read_text().splitlines()[-1])["memory_gib"]
     bare = int(run("-c", "import preflight, policy, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)").stdout)

@@ -17,8 +17,6 @@ from conftest import ROOT, build_model, run
 from test_generate import pool, writer  # noqa: F401 (the world's base cannot write new instructions)
 from test_judge import Judge
 from test_rankers import build_reward
-
-sys.path.append(str(ROOT / "bench"))                                  # behind the scripts: bench/ has a rank.py too
 from warm import warm
 
 RECIPES = sorted(p.stem for p in (ROOT / "config").glob("*.py"))
