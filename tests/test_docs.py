@@ -4,6 +4,7 @@
 """
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from test_eval import ALPACA, ARENA, Grader, mt_bench, published
 from warm import warm
 
 TOUR = ROOT / "docs" / "tour.md"
+ENV = os.environ | {"PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"], "VIRTUAL_ENV": sys.prefix}       # as activated
 # Runs blocks [kind, code] in order, Python in one session; prints what each printed, as JSON.
 SESSION = """
 import contextlib, io, json, subprocess, sys
@@ -53,7 +55,7 @@ def run_tour(folder):
     told = blocks(TOUR.read_text(encoding="utf-8").partition("# Five exercises")[0])
     code = [block for block in told if block[0] not in ("text", "sample")]
     assert {kind for kind, _ in code} == {"python", "bash"}
-    done = subprocess.run([sys.executable, "-c", SESSION], input=json.dumps(code), cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", SESSION], input=json.dumps(code), cwd=folder, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     printed = iter(json.loads(done.stdout.splitlines()[-1]))
     return [(next(printed), after or [None, None]) for block, after in itertools.zip_longest(told, told[1:]) if block in code]
@@ -98,7 +100,7 @@ def test_an_exercise_is_open_before_its_diff_and_solved_after(text, folder, tmp_
     if not (folder / "out" / "tour").exists():                          # this test alone
         run_tour(folder)
     shutil.copytree(folder / "out" / "tour", work / "out" / "tour")
-    attempt = lambda: subprocess.run([sys.executable, "check.py"], cwd=work, capture_output=True, text=True)
+    attempt = lambda: subprocess.run([sys.executable, "check.py"], cwd=work, env=ENV, capture_output=True, text=True)
     assert attempt().returncode == 1
     subprocess.run(["patch", "-p1", "--fuzz=0"], input=diff, cwd=work, check=True, capture_output=True, text=True)
     done = attempt()
@@ -142,6 +144,7 @@ def at_home(folder, tmp_path_factory):
     shutil.copy(folder / "bench" / "mt_bench" / "question.jsonl", folder)
     judge = Grader(lambda messages: "Rating: [[7]]")
     with warm(tmp_path_factory.mktemp("warm"), OPENAI_API_KEY="sk-none") as env:
+        env["PATH"] = env["PATH"].replace(os.pathsep, os.pathsep + os.path.dirname(sys.executable) + os.pathsep, 1)          # and torchrun
         def run(command):
             for name, here in {**SMALLER, "https://api.openai.com/v1": judge.url}.items():
                 command = command.replace(name, here)

@@ -77,7 +77,7 @@ def test_training_takes_the_memory_it_says(given, tmp_path):
     measured = json.loads((tmp_path / "policy/metrics.jsonl").read_text().splitlines()[-1])["memory_gib"]
     bare = int(run("-c", "import preflight, policy, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)").stdout)
     need = preflight.train_memory(preflight.shapes(str(name), given["dtype"]), settings(**given), 1000, 800, False, True)
-    assert (need + bare) / GIB == pytest.approx(measured, rel=0.25)
+    assert 0.75 * need / GIB < measured < 1.25 * (need + bare) / GIB    # a system may take back the libraries' pages, which are files
 
 
 def test_a_70b_model_is_planned_on_gpus_that_are_not_here(tmp_path, monkeypatch):
