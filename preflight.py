@@ -90,7 +90,8 @@ def sampling(m, s, there, engine, processes, requests, n, prompt, response):
     weights, tp, longest = b * m.size, s.tensor_parallel, s.max_prompt_tokens + s.max_new_tokens
     if engine == "vllm":                                                # a step of all running sequences reads weights and cache once
         room = 2 * GIB if there.kind == "cpu" else (s.gpu_memory * there.memory - VLLM) * tp - weights
-        need, fit, read, delay = weights + room if there.kind == "cpu" else s.gpu_memory * there.memory, room / (m.cache * longest), rows / n, 0
+        need = weights + room if there.kind == "cpu" else s.gpu_memory * there.memory - GPU_CONTEXT           # its share holds the context too
+        fit, read, delay = room / (m.cache * longest), rows / n, 0
         steps = response * max(1, rows / max(1, min(256, room / (m.cache * (prompt + response)))))
     else:                                                               # a batch ends with its longest response, every row reads its prompt
         fit, read, delay = min(rows, max(1, s.generate_rows // n) * n), rows, m.layers * LAYER_STEP

@@ -3,7 +3,7 @@
     with warm(folder) as env:
         subprocess.run(["bash", "iterate.sh", ...], env=env)
 
-For many small runs on a CPU: the findings, the tests of the recipes. One command at a time; its environment is the server's.
+For many small runs on a CPU: the findings, the tests. One command at a time; its environment is the server's.
 """
 import contextlib
 import json

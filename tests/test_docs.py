@@ -145,6 +145,7 @@ def at_home(folder, tmp_path_factory):
     judge = Grader(lambda messages: "Rating: [[7]]")
     with warm(tmp_path_factory.mktemp("warm"), OPENAI_API_KEY="sk-none") as env:
         env["PATH"] = env["PATH"].replace(os.pathsep, os.pathsep + os.path.dirname(sys.executable) + os.pathsep, 1)          # and torchrun
+
         def run(command):
             for name, here in {**SMALLER, "https://api.openai.com/v1": judge.url}.items():
                 command = command.replace(name, here)

@@ -1,5 +1,4 @@
 """preflight.py: its counts against real models and real training, what it refuses, and that it leaves nothing behind. A whole run: test_loop.py."""
-import copy
 import json
 import math
 import os
@@ -99,6 +98,7 @@ def test_a_70b_model_is_planned_on_gpus_that_are_not_here(tmp_path, monkeypatch)
     alone, = refused(engines=8, tensor_parallel=1, lora_rank=16)
     assert alone.startswith("generate: beside weights of 131.4 GiB") and "--tensor_parallel" in alone
     assert refused(gpus="4x800x400") == ["--processes: 8 GPUs are wanted, there are 4", "--engines: 8 GPUs are wanted, there are 4"]
+    assert refused(lora_rank=16, gpu_memory=0.99) == []                 # vLLM's share is of all memory, its CUDA context included
     disk, = refused(lora_rank=16, iterations=100)                       # a model of 131 GiB each
     assert 13141 < float(disk.split()[2]) < 13500 and disk.startswith("out/none: needs ") and "GiB of disk, 9313.2 are free" in disk
 
