@@ -7,7 +7,7 @@ BIN := .venv/bin
 LONGEST := tests/test_loop.py tests/test_train.py tests/test_generate.py
 
 demo: .venv/ready
-	@PATH=$(CURDIR)/$(BIN):$$PATH VIRTUAL_ENV=$(CURDIR)/.venv bash demo.sh
+	@PATH=$(CURDIR)/$(BIN):$$PATH VIRTUAL_ENV=$(CURDIR)/.venv bash tiny/demo.sh
 
 test: .venv/ready-test
 	$(BIN)/python tiny/prepare.py                                     # before two workers want it

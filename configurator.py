@@ -155,7 +155,14 @@ def resolve(arguments, every):
 
 def main():
     """Resolve a run for iterate.sh: check every setting, keep them as out/RUN/recipe.py, print the loop's for the shell."""
-    changed, run = resolve(sys.argv[1:], {k: v for script in SCRIPTS for k, v in declared(script).items()})
+    every = {k: v for script in SCRIPTS for k, v in declared(script).items()}
+    if "--preflight" in sys.argv:
+        from nanoaipo.estimate import preflight
+        every |= declared("nanoaipo/estimate.py")
+        changed, run = resolve([a for a in sys.argv[1:] if a != "--preflight"], every)
+        preflight({k: v for k, (v, *_) in every.items()} | changed | {"out": run})
+        return
+    changed, run = resolve(sys.argv[1:], every)
     path = os.path.join(run, "recipe.py")
     os.makedirs(run, exist_ok=True)
     with open(path + ".tmp", "w", encoding="utf-8") as f:

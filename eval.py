@@ -15,7 +15,7 @@ import sys
 import time
 
 from configurator import configure
-from data import LENGTH_ALARM, begin, fingerprint, is_right, manifest_of, read_candidates, write_json
+from nanoaipo.data import LENGTH_ALARM, begin, fingerprint, is_right, manifest_of, read_candidates, write_json
 
 # ---- settings ----
 bench = "win_rate"                      # win_rate (any prompts), alpaca_eval, mt_bench or arena_hard
@@ -55,7 +55,7 @@ def first_answers(path):
 def interval(values):
     """Mean of (N,) values and its 95 % interval [low, high]."""
     import numpy as np
-    from benchmarks import error_of
+    from nanoaipo.benchmarks import error_of
     values = np.asarray(values, dtype=float)
     mean, half = float(values.mean()), 1.96 * float(error_of(values))
     return mean, [mean - half, mean + half]
@@ -93,8 +93,8 @@ def win_rate():
 
     # ---- who wins (torch is imported only now: a finished stage ends before)
     import numpy as np
-    from benchmarks import length_controlled
-    from rankers import load_ranker
+    from nanoaipo.benchmarks import length_controlled
+    from nanoaipo.rankers import load_ranker
     differ = [k for k, (_, a, b) in enumerate(pairs) if a["text"] != b["text"]]          # equal answers tie without being judged
     counts, won = collections.Counter(), np.full(len(pairs), 0.5)
     if differ:
@@ -135,9 +135,9 @@ def ask_judge():
     manifest = begin(judgments, suffix, own | {"judge": who}, *(k for k in ("answers", "baseline") if config[k]))
     if manifest is None:
         return
-    from benchmarks import BENCHMARKS
-    from data import writing
-    from engines import ask, endpoint, local_model
+    from nanoaipo.benchmarks import BENCHMARKS
+    from nanoaipo.data import writing
+    from nanoaipo.engines import ask, endpoint, local_model
     longest = {"max_tokens": verdict_tokens} if verdict_tokens else {}
     answer = endpoint(judge_url, judge_concurrency) if judge_url else local_model(engine, judge_model, config)
     replies = []
@@ -177,7 +177,7 @@ def main():
         needed = ["answers", "baseline"] + ["eval_ranker_model"] * (eval_ranker != "judge")
         manifest = begin(out, ".json", config, *needed)
     else:
-        from benchmarks import BENCHMARKS
+        from nanoaipo.benchmarks import BENCHMARKS
         bench in BENCHMARKS or sys.exit(f"--bench={bench}: there are win_rate, {', '.join(BENCHMARKS)}")
         manifest_of(out) != manifest_of(judgments) or sys.exit(f"--out={out}: has to differ from --judgments in more than the ending")
         judge_model and (answers or sys.exit("--answers is not set: what the judge_model shall judge")) and ask_judge()

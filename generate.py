@@ -19,9 +19,9 @@ import sys
 import time
 
 from configurator import configure
-from data import (RANK, WORLD_SIZE, begin, control_text, derive_seed, line_of, load_tokenizer, read, read_prompts, render, same_run, shard,
+from nanoaipo.data import (RANK, WORLD_SIZE, begin, control_text, derive_seed, line_of, load_tokenizer, read, read_prompts, render, same_run, shard,
                   write_blocks, writing)
-from engines import ask, endpoint, load_engine, positions
+from nanoaipo.engines import ask, endpoint, load_engine, positions
 
 # ---- settings ----
 task = "candidates"                     # candidates; instructions: prompts written by the policy after the pool's; answers: one to each turn of each prompt

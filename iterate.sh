@@ -9,7 +9,8 @@ set -euo pipefail
 here=$(dirname "$0")
 if [[ -z ${VIRTUAL_ENV:-} && -x $here/.venv/bin/python ]]; then PATH=$(realpath "$here")/.venv/bin:$PATH; fi
 
-if [[ " $* " == *" --preflight "* ]]; then exec python "$here/preflight.py" "$@"; fi     # what the run needs, and no run
+export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
+if [[ " $* " == *" --preflight "* ]]; then exec python "$here/configurator.py" "$@"; fi     # what the run needs, and no run
 settings=$(python "$here/configurator.py" "$@")   # checks them and keeps them as $out/recipe.py
 eval "$settings"
 launch() { if (($1 > 1)); then torchrun --standalone --nproc-per-node="$1" "${@:2}"; else python "${@:2}"; fi; }
@@ -44,5 +45,5 @@ for ((t = 0; t <= iterations; t++)); do
     stage eval 1 --answers="$now/answers.jsonl" --baseline="$out/iter_0/answers.jsonl" --out="$now/eval.json"
   fi
 done
-if [[ $eval_prompts ]]; then python "$here/plot.py" "$out"; fi    # its last line says where the report is
+if [[ $eval_prompts ]]; then python -m nanoaipo.report "$out"; fi    # its last line says where the report is
 echo "$out is complete: $iterations iterations, the last policy is $policy"

@@ -16,7 +16,7 @@ import statistics
 import sys
 
 from configurator import configure
-from data import RANK, WORLD_SIZE, begin, derive_seed, read_candidates, shard, writing
+from nanoaipo.data import RANK, WORLD_SIZE, begin, derive_seed, read_candidates, shard, writing
 
 # ---- settings ----
 candidates = ""                         # candidates file, folder or glob
@@ -116,7 +116,7 @@ def main():
     counts["prompts"] = len(competing)
 
     # ---- scores and log-odds (torch is imported only now: a finished stage ends above)
-    from rankers import load_ranker
+    from nanoaipo.rankers import load_ranker
     labels = load_ranker(ranker, named, config, counts)([row | {"texts": texts} for row, _, texts in competing])
 
     # ---- pairs

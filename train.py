@@ -24,7 +24,7 @@ import sys
 import time
 
 from configurator import configure
-from data import DTYPES, RANK, WORLD_SIZE, begin, load_tokenizer, manifest_of, pick_device, plan, read_pairs, version, write_json
+from nanoaipo.data import DTYPES, RANK, WORLD_SIZE, begin, load_tokenizer, manifest_of, pick_device, plan, read_pairs, version, write_json
 
 # ---- settings ----
 model = ""                              # policy to start from, also the reference: Hugging Face folder or hub name
@@ -94,7 +94,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import losses
-from policy import build_policy, flops, load_weights, matmul_rate, pack, save_policy
+from nanoaipo.policy import build_policy, flops, load_weights, matmul_rate, pack, save_policy
 
 loss in losses.OBJECTIVES or sys.exit(f"--loss={loss}: there are {', '.join(losses.OBJECTIVES)}")
 signature = inspect.signature(losses.OBJECTIVES[loss]).parameters

@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from plot import RC
-from runs import load
+from nanoaipo.report.runs import load
 from warm import warm
 
 OUT, DOCS, T, TUNED, P, SEEDS, TUNING_SEED = "out/findings", "docs", 6, 3, 512, (0, 1, 2), 100

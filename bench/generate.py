@@ -21,7 +21,7 @@ asked |= dict(a.lstrip("-").split("=") for a in sys.argv[1:] if "=" in a)
 
 def side(name, folder):
     """Print {seconds, tokens}."""
-    from data import derive_seed, read
+    from nanoaipo.data import derive_seed, read
     sys.argv = ["generate.py", f"--model={asked['model']}", f"--prompts={folder}/prompts.jsonl", f"--out={folder}/{name}.jsonl", "--engine=vllm", "--n_responses=5",
                 "--temperature=1.0", f"--max_new_tokens={asked['max_new_tokens']}", f"--dtype={asked['dtype']}", f"--block={asked['block']}"]
     import generate

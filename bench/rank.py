@@ -28,7 +28,7 @@ def make(folder, shape, n_prompts):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import DebertaV2Config, PreTrainedTokenizerFast
     sys.path.insert(0, os.path.dirname(HERE))
-    from pairrm import PREFIXES, PairRM
+    from nanoaipo.pairrm import PREFIXES, PairRM
     words = SPECIALS + [f"w{n}" for n in range(VOCABULARY - len(SPECIALS) - len(PREFIXES))]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -58,8 +58,8 @@ def side(name, folder, device):
     import torch
     sys.path.insert(0, os.path.dirname(HERE))
     import collections
-    import pairrm
-    import rankers
+    from nanoaipo import pairrm
+    from nanoaipo import rankers
     prompts, candidates = json.load(open(f"{folder}/texts.json"))
     share = None
     if name == "ours":
@@ -74,7 +74,7 @@ def side(name, folder, device):
     scores = run(prompts, candidates)
     seconds = time.perf_counter() - began
     if name == "ours":
-        from policy import matmul_rate
+        from nanoaipo.policy import matmul_rate
         count = lambda t: len(t.split()) + 3
         lengths = [count(p) + count(a) + count(b) for p, texts in zip(prompts, candidates) for k, a in enumerate(texts) for n, b in enumerate(texts) if k != n]
         s = SHAPES[device]

@@ -33,7 +33,11 @@ def run_here(command, fds):
         for k, fd in enumerate(fds, 1):
             os.dup2(fd, k)
         os.chdir(folder)
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        if sys.argv[0] == "-m":
+            sys.argv = sys.argv[1:]
+            runpy.run_module(sys.argv[0], run_name="__main__")
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
         status = 0
     except SystemExit as e:
         status = e.code if isinstance(e.code, int) else int(e.code is not None)
@@ -49,7 +53,7 @@ def run_here(command, fds):
 def serve(door):
     """Import what the stages import, then run each command [folder, [script, arguments]] that comes; answer its exit status."""
     sys.path.insert(0, str(ROOT))
-    for name in ("openai", "peft", "policy", "rankers", "sklearn.feature_extraction.text"):
+    for name in ("openai", "peft", "nanoaipo.policy", "nanoaipo.rankers", "sklearn.feature_extraction.text"):
         __import__(name)
     import transformers
     for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "LlamaForCausalLM", "LlamaForSequenceClassification", "DebertaV2Model"):

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-import data
+from nanoaipo import data
 
 
 def lines(path, *rows):

@@ -20,10 +20,10 @@ import time
 import numpy as np
 import pytest
 
-import benchmarks
-import data
-import engines
-from benchmarks import BENCHMARKS
+from nanoaipo import benchmarks
+from nanoaipo import data
+from nanoaipo import engines
+from nanoaipo.benchmarks import BENCHMARKS
 from conftest import ROOT, build_model, run
 from test_judge import KEY, Judge
 from test_rank import build_judge

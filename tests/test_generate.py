@@ -11,8 +11,8 @@ import time
 import pytest
 import torch
 
-import data
-import engines
+from nanoaipo import data
+from nanoaipo import engines
 from conftest import ROOT, build_model, run, torchrun
 from test_judge import KEY, Judge
 from test_loop import ENV, world  # noqa: F401  (a fixture)

@@ -14,9 +14,9 @@ import time
 import pytest
 import torch
 
-import data
-import engines
-import rankers
+from nanoaipo import data
+from nanoaipo import engines
+from nanoaipo import rankers
 from conftest import PLAIN, ROOT, build_model, run, torchrun
 
 KEY = "sk-planted-0123456789"

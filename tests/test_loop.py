@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-import data
+from nanoaipo import data
 from conftest import ROOT, run, torchrun
 
 SMALL = ("--n_prompts=32", "--n_responses=3", "--iterations=2", "--n_eval=16", "--max_new_tokens=24", "--batch_size=8")
@@ -194,10 +194,10 @@ def test_evaluation_joins_by_id_and_counts_what_it_says(world, tmp_path):
 
 
 def test_the_plot_shows_what_the_files_say(finished):
-    done = run("plot.py", finished)
+    done = run("-m", "nanoaipo.report", finished)
     assert done.returncode == 0, done.stderr
     scores = json.load(open(finished / "iter_2" / "eval.json"))
     assert f"{scores['win_rate']:.1f}%" in done.stdout and f"{scores['length']:.1f}" in done.stdout and "pairrm tiny/world/judge" in done.stdout
     for figure in ("iterations.png", "length.png"):
         assert open(finished.parent / figure, "rb").read(4) == b"\x89PNG"
-    assert run("plot.py", "/nowhere").stderr.strip().endswith("has iterate.sh evaluated an iteration?")
+    assert run("-m", "nanoaipo.report", "/nowhere").stderr.strip().endswith("has iterate.sh evaluated an iteration?")

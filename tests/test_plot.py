@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, run
-import report
-import runs as files
+from nanoaipo.report import page as report
+from nanoaipo.report import runs as files
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "<script>document.title='pwned'</script> \"quoted\" 'single' &amp; </p></main> \x00\x1b[31m\x07 \u202eback"
@@ -111,8 +111,8 @@ def draw(*runs, where=None):
     with contextlib.redirect_stdout(io.StringIO()) as out, warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "Glyph")                      # iterations.png draws what its font has
-        patch.setattr(sys, "argv", ["plot.py", *map(str, runs)])
-        runpy.run_path(str(ROOT / "plot.py"), run_name="__main__")
+        patch.setattr(sys, "argv", ["nanoaipo/report", *map(str, runs)])
+        runpy.run_module("nanoaipo.report", run_name="__main__")
     last = out.getvalue().strip().splitlines()[-1]
     assert last == f"report: {where or (runs[0] if len(runs) == 1 else runs[0].parent)}/report.html"
     return out.getvalue(), Page(last.removeprefix("report: "))
@@ -275,7 +275,7 @@ def test_two_judges_never_share_a_column_or_a_panel(tmp_path):
     assert "strict, ifeval by rules" in panels and "score, mt_bench by gpt-x" in panels
     assert any(table[0] == ["run", "t", "math", "<i>"] and table[1] == ["two", "1", "5.25", "6.50"] for table in page.tables)
     shutil.copy(runs[1] / "iter_1" / "arena_hard.json", runs[1] / "iter_1" / "hard2.json")
-    done = run("plot.py", runs[1])
+    done = run("-m", "nanoaipo.report", runs[1])
     assert done.returncode == 1 and "hard2.json: arena_hard by gpt-y is in another file" in done.stderr
 
 
@@ -320,9 +320,9 @@ def test_an_unfinished_run_and_runs_with_parts_missing(tmp_path):
     printed, page = draw(bare)
     assert "characters" in printed and "Fig. 5" not in page.text and "Fig. 6" not in page.text
     assert page.tables[1][1][2:] == ["1", "0.000", "-", "-", "81%"]
-    assert run("plot.py", tmp_path / "nowhere").stderr.strip().endswith("has iterate.sh evaluated an iteration?")
+    assert run("-m", "nanoaipo.report", tmp_path / "nowhere").stderr.strip().endswith("has iterate.sh evaluated an iteration?")
     (bare / "iter_1" / "eval.json").write_text("{")
-    done = run("plot.py", bare)
+    done = run("-m", "nanoaipo.report", bare)
     assert done.returncode == 1 and "eval.json: not JSON" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch.nn.attention import varlen
 from transformers import AutoModelForCausalLM
 
-import data
-from policy import build_policy, flops, layout, load_weights, pack, packed_sdpa, packed_varlen, save_policy
+from nanoaipo import data
+from nanoaipo.policy import build_policy, flops, layout, load_weights, pack, packed_sdpa, packed_varlen, save_policy
 
 KERNELS = ("packed_sdpa", "packed_varlen")
 ARCHITECTURES = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import losses
-import preflight
+from nanoaipo import estimate as preflight
 from configurator import SCRIPTS, declared
 from conftest import ROOT, build_model, run, write_pairs
 
@@ -19,7 +19,7 @@ GIB = 2**30
 
 def settings(**changed):
     """All settings of all scripts at their defaults, but for those given."""
-    every = {k: v for script in (*SCRIPTS, "preflight.py") for k, (v, *_) in declared(script).items()}
+    every = {k: v for script in (*SCRIPTS, "nanoaipo/estimate.py") for k, (v, *_) in declared(script).items()}
     assert changed.keys() <= every.keys()
     return SimpleNamespace(**every | {"out": "out/none", "prompts": "nobody/nothing:train"} | changed)
 
@@ -46,7 +46,7 @@ def test_adapters_are_counted_as_peft_makes_them(tiny_model):
 def test_what_a_token_keeps_for_backward_is_what_the_packed_row_keeps(architecture, dtype, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from policy import pack
+    from nanoaipo.policy import pack
     name = build_model(tmp_path / "model", architecture, num_key_value_heads=4)
     lm = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), attn_implementation="packed_sdpa")
     ids = lambda n: torch.randint(6, 200, (n,), dtype=torch.int32).numpy()
@@ -74,7 +74,7 @@ def test_training_takes_the_memory_it_says(given, tmp_path):
                **given)                                                 # -u: a process of its own, with its own memory
     assert done.returncode == 0, done.stdout + done.stderr
     measured = json.loads((tmp_path / "policy/metrics.jsonl").read_text().splitlines()[-1])["memory_gib"]
-    bare = int(run("-c", "import preflight, policy, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)").stdout)
+    bare = int(run("-c", "import nanoaipo.estimate, nanoaipo.policy, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)").stdout)
     need = preflight.train_memory(preflight.shapes(str(name), given["dtype"]), settings(**given), 1000, 800, False, True)
     assert 0.75 * need / GIB < measured < 1.25 * (need + bare) / GIB    # a system may take back the libraries' pages, which are files
 

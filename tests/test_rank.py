@@ -10,9 +10,9 @@ import sys
 import pytest
 import torch
 
-import data
-import pairrm
-import rankers
+from nanoaipo import data
+from nanoaipo import pairrm
+from nanoaipo import rankers
 from conftest import run, torchrun
 
 oracle = pytest.mark.skipif(importlib.util.find_spec("llm_blender") is None, reason="the oracle llm-blender is not installed")

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-import data
-import rankers
+from nanoaipo import data
+from nanoaipo import rankers
 from conftest import PLAIN, build_model
 from test_rank import build_judge, rank  # noqa: F401 (rank is a fixture)
 

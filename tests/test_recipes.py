@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 import configurator
-import data
+from nanoaipo import data
 from conftest import ROOT, build_model, run
 from test_generate import pool, writer  # noqa: F401 (the world's base cannot write new instructions)
 from test_judge import Judge
@@ -43,7 +43,7 @@ def test_a_recipe_is_short_known_to_the_scripts_and_gives_a_source_for_every_lin
         assert len(line) <= 150
     assert all(comment for _, _, comment in found.values())
     for key in ("ranker", "pair_rule", "loss"):                         # known names, before anything is downloaded
-        known = {"ranker": ROOT / "rankers.py", "pair_rule": ROOT / "rank.py", "loss": ROOT / "losses.py"}[key].read_text()
+        known = {"ranker": ROOT / "nanoaipo" / "rankers.py", "pair_rule": ROOT / "rank.py", "loss": ROOT / "losses.py"}[key].read_text()
         assert key not in settings or re.search(rf'"{settings[key]}": |^    {settings[key]}=', known, re.MULTILINE)
 
 

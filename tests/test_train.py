@@ -15,8 +15,8 @@ from conftest import CHATML, PLAIN, ROOT, build_model, run, torchrun, write_pair
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import data
-from policy import pack
+from nanoaipo import data
+from nanoaipo.policy import pack
 
 FLOAT32 = {"dtype": "float32", "recompute": False, "shuffle": False}
 

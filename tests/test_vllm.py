@@ -11,7 +11,7 @@ import urllib.request
 
 import pytest
 
-import data
+from nanoaipo import data
 from conftest import ROOT, run
 from test_generate import INSTRUCT, pool, writer  # noqa: F401  (a fixture)
 from test_judge import talker  # noqa: F401  (a fixture)

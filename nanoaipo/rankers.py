@@ -19,8 +19,8 @@ import sys
 import torch
 from tqdm import tqdm
 
-from data import by_length, control_text, fingerprint, is_right, load_tokenizer, pick_device, render
-from engines import ask, endpoint, local_model
+from nanoaipo.data import by_length, control_text, fingerprint, is_right, load_tokenizer, pick_device, render
+from nanoaipo.engines import ask, endpoint, local_model
 
 
 def prompt_text(messages):
@@ -36,7 +36,7 @@ def from_rewards(rewards, temperature):
 
 def pairrm(model, counts, *, rank_batch_tokens):
     """PairRM, ours (pairrm.py)."""
-    from pairrm import compare, load_pairrm
+    from nanoaipo.pairrm import compare, load_pairrm
     model, tokenizer = load_pairrm(model, pick_device())
     return lambda rows: [(None, odds) for odds in compare(model, tokenizer, [prompt_text(row["prompt"]) for row in rows],
                                                           [row["texts"] for row in rows], rank_batch_tokens, counts)]
@@ -147,7 +147,7 @@ def judge(model, counts, *, out, engine, judge_url, judge_mode, judge_prompt, ju
     modes = {"score": (read_score, ("{prompt}", "{response}")), "pairwise": (read_verdict, ("{prompt}", "{response_a}", "{response_b}"))}
     judge_mode in modes or sys.exit(f"--judge_mode={judge_mode}: there are {', '.join(modes)}")
     read, places = modes[judge_mode]
-    path = judge_prompt or os.path.join(os.path.dirname(os.path.abspath(__file__)), "prompts", f"judge_{judge_mode}.txt")
+    path = judge_prompt or os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "prompts", f"judge_{judge_mode}.txt")
     os.path.isfile(path) or sys.exit(f"--judge_prompt={path}: no such file")
     with open(path, encoding="utf-8") as f:
         template = f.read().strip()

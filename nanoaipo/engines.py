@@ -25,7 +25,7 @@ import time
 
 from tqdm import tqdm
 
-from data import DTYPES, control_text, derive_seed, load_tokenizer, pick_device, render, shard
+from nanoaipo.data import DTYPES, control_text, derive_seed, load_tokenizer, pick_device, render, shard
 
 
 def wait_for_gpus(gpus, share, patience=300, pause=5):

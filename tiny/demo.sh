@@ -11,4 +11,4 @@ bash iterate.sh config/tiny.py --out=out/tiny_aipo
 echo "--- waiting for DPO, whose answers are longer (out/tiny_dpo.log)"
 wait $other || { tail -n 5 out/tiny_dpo.log; exit 1; }
 trap - EXIT
-python plot.py out/tiny_aipo out/tiny_dpo
+python -m nanoaipo.report out/tiny_aipo out/tiny_dpo

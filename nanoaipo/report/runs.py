@@ -13,7 +13,7 @@ import sys
 import numpy as np
 
 from configurator import SCRIPTS, declared, literals
-from data import files, manifest_of, messages_of, read, read_candidates
+from nanoaipo.data import files, manifest_of, messages_of, read, read_candidates
 
 PERFORMANCE = {"win_rate": ("win rate", ".1f%"), "lc_win_rate": ("LC win rate", ".1f%"), "accuracy": ("accuracy", ".1f%"), "score": ("score", ".2f")}
 LENGTH = {"tokens": ("tokens", ".1f"), "characters": ("characters", ",.0f")}

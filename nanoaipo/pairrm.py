@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, DebertaV2Model
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
-from data import by_length, encode
+from nanoaipo.data import by_length, encode
 
 PREFIXES = ["<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"]      # their order fixes their ids
 ROWS = 64                               # of the shifted view computed at once: fewer waste less, more multiply faster

@@ -16,8 +16,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from configurator import FREE
-from report import report
-from runs import CONTROL, DRAWN, FIELDS, INK, LENGTH, PERFORMANCE, TRAINING, columns, everyone, judges, load, number, show, title
+from nanoaipo.report.page import report
+from nanoaipo.report.runs import CONTROL, DRAWN, FIELDS, INK, LENGTH, PERFORMANCE, TRAINING, columns, everyone, judges, load, number, show, title
 
 RC = {"text.parse_math": False, "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
       "grid.alpha": 0.15, "lines.markersize": 4.5, "lines.linewidth": 1.6, "axes.titlesize": "medium"}     # parse_math: a run may be called a$b$

@@ -18,7 +18,7 @@ import time
 
 import numpy as np
 
-from data import read
+from nanoaipo.data import read
 
 REVISION = "2edc6fad8be6b14ea7230aabfd08188da6b8b814"                   # of tatsu-lab/alpaca_eval on the hub: its tables and baseline
 PENALTY_C = 10 ** (4 / 9)                                               # inverse strength of L1, the one the leaderboard mostly ends up with

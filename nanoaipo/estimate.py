@@ -18,8 +18,7 @@ import sys
 import time
 from types import SimpleNamespace
 
-from configurator import SCRIPTS, declared, resolve
-from data import DTYPES, load_tokenizer, pick_device, read_prompts, render
+from nanoaipo.data import DTYPES, load_tokenizer, pick_device, read_prompts, render
 
 # ---- settings, beside those of the stages ----
 gpus = ""                               # plan for these, not for this machine: NUMBERxGIBxTFLOPS (of matrix products in dtype), such as 8x80x400
@@ -182,7 +181,7 @@ def machine(s):
     """What is there: kind, number of GPUs, bytes of memory of each (or of the computer), FLOP/s that stages reach, bytes/s."""
     import torch
 
-    from policy import matmul_rate
+    from nanoaipo.policy import matmul_rate
     if s.gpus:
         try:
             number, gib, tera = map(float, s.gpus.split("x"))
@@ -290,19 +289,14 @@ def report(s, there, start_up, baseline):
     return lines, refusals
 
 
-def main():
-    every = {k: v for script in (*SCRIPTS, "preflight.py") for k, v in declared(script).items()}
-    changed, run = resolve([a for a in sys.argv[1:] if a != "--preflight"], every)
-    s = SimpleNamespace(**{k: v for k, (v, *_) in every.items()} | changed | {"out": run})
+def preflight(settings):
+    """Print what a run with these settings needs; settings: all of them, by name."""
+    s = SimpleNamespace(**settings)
     s.dtype in DTYPES or sys.exit(f"--dtype={s.dtype}: there are {', '.join(DTYPES)}")
     s.prepare and not os.path.exists(s.model) and sys.exit(f"--model={s.model}: not there yet; python {s.prepare} makes it")
     began = time.perf_counter()
-    import policy                                                       # noqa: F401, what every stage imports
+    from nanoaipo import policy                                         # noqa: F401, what every stage imports
     start_up, baseline = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     lines, refusals = report(s, machine(s), start_up, baseline)
     print("\n".join(lines), flush=True)
     refusals and sys.exit("\ndoes not fit:\n  " + "\n  ".join(refusals))
-
-
-if __name__ == "__main__":
-    main()
