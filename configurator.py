@@ -14,6 +14,9 @@ import os
 import shlex
 import sys
 
+from nanoaipo.errors import InputError
+from nanoaipo.stages import FREE
+
 # ---- settings of iterate.sh, which is shell and cannot declare its own ----
 iterations = 3                          # T, rounds of generate, rank, train, eval
 model = ""                              # the policy of iteration 0: Hugging Face folder or hub name
@@ -31,8 +34,6 @@ n_eval = 0                              # how many of them; 0: all
 eval_temperature = 0.7                  # sampling temperature of the evaluated answers
 
 SCRIPTS = ("configurator.py", "generate.py", "rank.py", "train.py", "eval.py")
-FREE = {"iterations", "gpu_memory", "rank_batch_tokens", "tokens_per_microbatch", "recompute", "gather_chunk", "compile", "shard_size",
-        "checkpoint_every", "keep_checkpoints", "reference_cache", "wandb", "tensorboard", "judge_url", "judge_concurrency", "engine_url", "gpus", "response_tokens"}
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -109,12 +110,24 @@ def changes(arguments, own, every):
     return changed
 
 
+def run_script(main):
+    """Call a script's main; what whoever runs it can mend ends the program with its one line and exit code 1."""
+    try:
+        main()
+    except InputError as e:
+        sys.exit(str(e))
+
+
 def configure(namespace):
     """Set a script's globals from recipe and command line; return its settings as a dict, in the script's order.
+
+    A script that is imported keeps its defaults.
 
     Ends the program with one line that names the place when a key is unknown or a value has another type.
     """
     own = declared(namespace["__file__"])
+    if namespace["__name__"] != "__main__":
+        return {k: namespace[k] for k in own}
     if "--help" in sys.argv or "-h" in sys.argv:
         print(namespace["__doc__"].strip(), "\n\nsettings:")
         print("\n".join(f"  --{k + '=' + str(v):<34} {comment}" for k, (v, _, comment) in own.items()))
@@ -173,4 +186,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -14,8 +14,12 @@ import re
 import sys
 import time
 
-from configurator import configure
-from nanoaipo.data import LENGTH_ALARM, begin, fingerprint, is_right, manifest_of, read_candidates, write_json
+from configurator import configure, run_script
+from nanoaipo.files import write_json
+from nanoaipo.grading import is_right
+from nanoaipo.prompts import read_candidates
+from nanoaipo.stages import open_stage, fingerprint, manifest_path
+from nanoaipo.stats import LENGTH_ALARM
 
 # ---- settings ----
 bench = "win_rate"                      # win_rate (any prompts), alpaca_eval, mt_bench or arena_hard
@@ -55,7 +59,7 @@ def first_answers(path):
 def interval(values):
     """Mean of (N,) values and its 95 % interval [low, high]."""
     import numpy as np
-    from nanoaipo.benchmarks import error_of
+    from nanoaipo.stats import error_of
     values = np.asarray(values, dtype=float)
     mean, half = float(values.mean()), 1.96 * float(error_of(values))
     return mean, [mean - half, mean + half]
@@ -93,13 +97,12 @@ def win_rate():
 
     # ---- who wins (torch is imported only now: a finished stage ends before)
     import numpy as np
-    from nanoaipo.benchmarks import length_controlled
+    from nanoaipo.stats import length_controlled
     from nanoaipo.rankers import load_ranker
     differ = [k for k, (_, a, b) in enumerate(pairs) if a["text"] != b["text"]]          # equal answers tie without being judged
     counts, won = collections.Counter(), np.full(len(pairs), 0.5)
     if differ:
-        settings = config | {"judge_mode": "pairwise", "judge_prompt": "", "judge_votes": 1, "judge_temperature": 0.0, "annotator_votes": 9,
-                             "judge_tokens": verdict_tokens or 512, "reward_temperature": 1.0, "pseudo_count": 0.5}
+        settings = config | {"judge_mode": "pairwise", "judge_votes": 1, "judge_temperature": 0.0, "judge_tokens": verdict_tokens or 512}
         rank = load_ranker(eval_ranker, eval_ranker_model, settings, counts)
         for k, (_, m) in zip(differ, rank([row | {"texts": [a["text"], b["text"]]} for row, a, b in (pairs[k] for k in differ)])):
             won[k] = 0.5 if abs(m[0, 1]) < 1e-6 else float(m[0, 1] > 0) if m[0, 1] == m[0, 1] else np.nan
@@ -132,14 +135,14 @@ def ask_judge():
     suffix = ".json" if bench == "alpaca_eval" else ".jsonl"
     judgments.endswith(suffix) or sys.exit(f"--judgments={judgments}: the judge_model's go to a {suffix} file")
     who = {"model": judge_model} if judge_url else {"model": judge_model, "weights": fingerprint(judge_model), "seed": seed}
-    manifest = begin(judgments, suffix, own | {"judge": who}, *(k for k in ("answers", "baseline") if config[k]))
+    manifest = open_stage(judgments, suffix, own | {"judge": who}, *(k for k in ("answers", "baseline") if config[k]))
     if manifest is None:
         return
     from nanoaipo.benchmarks import BENCHMARKS
-    from nanoaipo.data import writing
-    from nanoaipo.engines import ask, endpoint, local_model
+    from nanoaipo.stages import open_output
+    from nanoaipo.questions import ask, endpoint, local_model
     longest = {"max_tokens": verdict_tokens} if verdict_tokens else {}
-    answer = endpoint(judge_url, judge_concurrency) if judge_url else local_model(engine, judge_model, config)
+    answer = endpoint(judge_url, judge_concurrency) if judge_url else local_model(judge_model, **{k: config[k] for k in ("engine", "dtype", "seed", "tensor_parallel", "gpu_memory", "generate_rows")})
     replies = []
 
     def asked(questions):
@@ -154,10 +157,10 @@ def ask_judge():
     manifest["counts"] = {"replies": len(replies), "refused": sum("error" in reply for reply in replies),
                           **{kind: sum(u.get(kind) or 0 for u in usage) for kind in ("prompt_tokens", "completion_tokens")}}
     if judgments.endswith(".json"):
-        write_json(manifest_of(judgments), manifest)
+        write_json(manifest_path(judgments), manifest)
         write_json(judgments, rows)
     else:
-        with writing(judgments, manifest) as write:
+        with open_output(judgments, manifest) as write:
             for row in rows:
                 write(row)
     print(f"{len(rows)} judgments, {manifest['counts']} -> {judgments}")
@@ -175,14 +178,14 @@ def shown(value):
 def main():
     if bench == "win_rate":
         needed = ["answers", "baseline"] + ["eval_ranker_model"] * (eval_ranker != "judge")
-        manifest = begin(out, ".json", config, *needed)
+        manifest = open_stage(out, ".json", config, *needed)
     else:
         from nanoaipo.benchmarks import BENCHMARKS
         bench in BENCHMARKS or sys.exit(f"--bench={bench}: there are win_rate, {', '.join(BENCHMARKS)}")
-        manifest_of(out) != manifest_of(judgments) or sys.exit(f"--out={out}: has to differ from --judgments in more than the ending")
+        manifest_path(out) != manifest_path(judgments) or sys.exit(f"--out={out}: has to differ from --judgments in more than the ending")
         judge_model and (answers or sys.exit("--answers is not set: what the judge_model shall judge")) and ask_judge()
         own = {k: config[k] for k in ("bench", "answer_name", "judgments", "answers", "baseline", "lc_data")}
-        manifest = begin(out, ".json", own, "judgments", *(k for k in ("answers", "baseline", "lc_data") if config[k]))
+        manifest = open_stage(out, ".json", own, "judgments", *(k for k in ("answers", "baseline", "lc_data") if config[k]))
     if manifest is None:
         sys.exit(0)
     if bench == "win_rate":
@@ -192,7 +195,7 @@ def main():
             scores = {"bench": bench} | BENCHMARKS[bench].score(judgments, answer_name, answers, (lc_data, baseline))
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as e:
             sys.exit(f"{judgments}: not judgments as {bench} has them ({type(e).__name__}: {e})")
-    write_json(manifest_of(out), manifest)
+    write_json(manifest_path(out), manifest)
     write_json(out, scores)
     if bench == "win_rate":
         print("win rate {} % ({}), length-controlled {} %, accuracy {} %, {} {length_unit}, n {n}, by {judge} -> {out}".format(
@@ -204,4 +207,5 @@ def main():
               "so do not read this win rate as quality")
 
 
-main()
+if __name__ == "__main__":
+    run_script(main)

@@ -18,10 +18,15 @@ import re
 import sys
 import time
 
-from configurator import configure
-from nanoaipo.data import (RANK, WORLD_SIZE, begin, control_text, derive_seed, line_of, load_tokenizer, read, read_prompts, render, same_run, shard,
-                  write_blocks, writing)
-from nanoaipo.engines import ask, endpoint, load_engine, positions
+from configurator import configure, run_script
+from nanoaipo.chat import control_pattern, load_tokenizer, render
+from nanoaipo.files import json_line, read_records, shard_path
+from nanoaipo.processes import RANK, WORLD_SIZE
+from nanoaipo.prompts import read_prompts
+from nanoaipo.seeds import derive_seed
+from nanoaipo.stages import open_stage, check_same_run, write_blocks, open_output
+from nanoaipo.engines import load_engine, context_length
+from nanoaipo.questions import ask, endpoint
 
 # ---- settings ----
 task = "candidates"                     # candidates; instructions: prompts written by the policy after the pool's; answers: one to each turn of each prompt
@@ -54,6 +59,7 @@ generate_rows = 512                     # responses sampled at once (transformer
 tensor_parallel = 1                     # GPUs per engine (vllm)
 gpu_memory = 0.9                        # share of a GPU's memory the engine may take (vllm)
 config = configure(globals())
+engine_settings = {k: config[k] for k in ("dtype", "seed", "tensor_parallel", "gpu_memory", "generate_rows")}
 
 CATEGORIES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0}   # FastChat's
 HEADING = "Here are tasks that people have given to an assistant. All are different in topic, form and length.\n"
@@ -66,7 +72,7 @@ def read_pool(tokenizer, room):
     counts, pool = {"prompts": 0, "control_text": 0, "too_long": 0, "too_short": 0}, []
     if tokenizer is None:                                               # an endpoint's model: its server knows its limits
         return [{k: v for k, v in row.items() if k != "prompt_ids"} for row in read_prompts(prompts, prompt_field)], counts
-    control, most = control_text(tokenizer), min(max_prompt_tokens, room)
+    control, most = control_pattern(tokenizer), min(max_prompt_tokens, room)
     for row in read_prompts(prompts, prompt_field):
         if any(control.search(m["content"]) for m in row["prompt"]):
             counts["control_text"] += 1
@@ -87,12 +93,12 @@ def counted(counts, records):
     """The counts of a finished file for its manifest, told aloud."""
     responses = [(len(r.get("ids", ())), r["finished"]) for record in records for r in record["responses"] + record.get("later_responses", [])]
     tokens, finished, each = sum(n for n, _ in responses), sum(done for _, done in responses), max(1, len(responses))
-    print(f"{counts['prompts']} prompts, {len(responses)} responses of {tokens / each:.1f} tokens, {finished / each:.0%} finished -> {shard(out)}")
+    print(f"{counts['prompts']} prompts, {len(responses)} responses of {tokens / each:.1f} tokens, {finished / each:.0%} finished -> {shard_path(out)}")
     return counts | {"responses": len(responses), "tokens": tokens, "finished": finished}
 
 
 def candidates(manifest, tokenizer, ends):
-    limit = 2**31 if tokenizer is None else positions(model)
+    limit = 2**31 if tokenizer is None else context_length(model)
     pool, counts = read_pool(tokenizer, limit - max_new_tokens)
     if n_prompts:
         random.Random(seed).shuffle(pool)
@@ -102,7 +108,7 @@ def candidates(manifest, tokenizer, ends):
     counts["prompts"] = len(rows)
     work = from_endpoint
     if tokenizer is not None and rows:                                  # fewer prompts than processes
-        sample = load_engine(engine, model, ends, min(max_prompt_tokens + max_new_tokens, limit), config)
+        sample = load_engine(engine, model, ends, min(max_prompt_tokens + max_new_tokens, limit), **engine_settings)
 
         def work(rows):
             requests = [(row["prompt_ids"], derive_seed(seed, iteration, row["id"])) for row in rows]
@@ -119,7 +125,7 @@ def from_endpoint(rows):
                  for row in rows for k in range(n_responses)]
     for _ in range(2):                                                  # what had an error for a reply once more: it may pass
         replies = ask(questions, out, endpoint(engine_url, 16))
-    any("finish" in r for r in replies) or os.path.getsize(shard(out) + ".tmp") or sys.exit(      # a block before had answers
+    any("finish" in r for r in replies) or os.path.getsize(shard_path(out) + ".tmp") or sys.exit(      # a block before had answers
         f"{engine_url}: not one answer to {len(questions)} questions; the first reply: {replies[0]}")
     replies = iter(replies)
     return [row | {"responses": [{"text": r["reply"], "finished": r["finish"] == "stop"} for r in itertools.islice(replies, n_responses) if "finish" in r]}
@@ -177,25 +183,25 @@ def instructions(manifest, tokenizer, ends):
         unfit = re.compile(instruction_unfit or "(?!)", re.IGNORECASE)
     except re.error as e:
         sys.exit(f"--instruction_unfit={instruction_unfit}: not a regular expression: {e}")
-    longest, limit = min(LONGEST, max_new_tokens), positions(model)
+    longest, limit = min(LONGEST, max_new_tokens), context_length(model)
     most = min(max_prompt_tokens, limit - max_new_tokens)               # of a rendered instruction, which is to be answered next
     pool, counts = read_pool(tokenizer, max_prompt_tokens)
     alone = [row["prompt"][-1]["content"] for row in pool if sum(m["role"] != "system" for m in row["prompt"]) == 1]        # else the end of a talk
     texts = list(dict.fromkeys(re.sub(r"\s*\n\s*\n\s*", "\n", text.strip()) for text in alone))
     wanted = len(range(RANK, n_prompts or sys.exit("--n_prompts is not set: how many instructions to write"), WORLD_SIZE))
     len(texts) >= instruction_examples or sys.exit(f"{prompts}: {len(texts)} prompts that fit; a call shows {instruction_examples} of them")
-    control, known, groups, made, theirs = control_text(tokenizer), Known(texts), topics(texts), [], None
+    control, known, groups, made, theirs = control_pattern(tokenizer), Known(texts), topics(texts), [], None
     counts["prompts"] = len(pool)
     counts |= dict.fromkeys(("calls", "unfinished", "empty", "unfit", "too_short", "too_long", "control_text", "known"), 0)
     room = min((instruction_examples + 1) * max_prompt_tokens, limit - longest)
-    sample = wanted and load_engine(engine, model, ends, room + longest, config)
+    sample = wanted and load_engine(engine, model, ends, room + longest, **engine_settings)
     for n in itertools.count():
         if RANK and len(made) == wanted and theirs is None:
-            while not all(map(os.path.exists, before := [shard(out, rank) for rank in range(RANK)])):        # they come first
+            while not all(map(os.path.exists, before := [shard_path(out, rank) for rank in range(RANK)])):        # they come first
                 time.sleep(1)
             for path in before:
-                same_run(path, manifest)
-            theirs = Known(row["prompt"][0]["content"] for path in before for _, row in read(path))
+                check_same_run(path, manifest)
+            theirs = Known(row["prompt"][0]["content"] for path in before for _, row in read_records(path))
             made = [text for text in made if text not in theirs]
             counts["known"] += wanted - len(made)
         if len(made) == wanted or counts["calls"] >= 10 * max(wanted, CALLS):
@@ -232,10 +238,10 @@ def instructions(manifest, tokenizer, ends):
                                     "the policy repeats itself or does not go on with a list: ask for fewer, raise "
                                     "--instruction_temperature, or draw prompts from the pool (--new_instructions=0 in the loop)")
     manifest["counts"] = counts
-    with writing(out, manifest) as write:
+    with open_output(out, manifest) as write:
         for k, text in enumerate(made):
             write({"id": f"new-{iteration}-{RANK}-{k}", "prompt": [{"role": "user", "content": text}]})
-    print(f"{len(made)} new instructions; {told} -> {shard(out)}")
+    print(f"{len(made)} new instructions; {told} -> {shard_path(out)}")
 
 
 def answers(manifest, tokenizer, ends):
@@ -244,7 +250,7 @@ def answers(manifest, tokenizer, ends):
     Records carry the first turn's in `responses`, those of further turns in `later_responses`. A block holds all turns of its questions.
     """
     rows = read_prompts(prompts, prompt_field)[:n_prompts or None][RANK::WORLD_SIZE]
-    control, limit, longest = control_text(tokenizer), positions(model), 0
+    control, limit, longest = control_pattern(tokenizer), context_length(model), 0
     turns = lambda row: row.get("turns", [""])                          # of a plain prompt there is the first
     heat = lambda row: CATEGORIES.get(str(row.get("category")), temperature) if "turns" in row else temperature
     for row in rows:
@@ -252,7 +258,7 @@ def answers(manifest, tokenizer, ends):
         size = len(row["prompt_ids"]) + max_new_tokens + sum(len(tokenizer(turn).input_ids) + 32 + max_new_tokens for turn in turns(row)[1:])
         size <= limit or sys.exit(f"{prompts}: '{row['id']}' may take {size} tokens with its answers, this model has {limit}: lower --max_new_tokens")
         longest = max(longest, size)
-    sample = rows and load_engine(engine, model, ends, min(limit, 2 * longest), config)        # an answer read again may be more tokens
+    sample = rows and load_engine(engine, model, ends, min(limit, 2 * longest), **engine_settings)        # an answer read again may be more tokens
 
     def work(rows):
         talks, given = [list(row["prompt"]) for row in rows], [[] for _ in rows]
@@ -304,11 +310,11 @@ def model_answer(row, name):
 
 def official():
     """The benchmarks' own files, each for all processes and in the order of the questions; whoever finds every shard there writes them."""
-    paths, name = [shard(out, rank) for rank in range(WORLD_SIZE)], answer_name or os.path.basename(model.rstrip("/"))
+    paths, name = [shard_path(out, rank) for rank in range(WORLD_SIZE)], answer_name or os.path.basename(model.rstrip("/"))
     if not all(map(os.path.exists, paths)):
         return
-    rows = [found[1] for deal in itertools.zip_longest(*map(read, paths)) for found in deal if found]
-    given = "".join(line_of(model_answer(row, name)) for row in rows if "turns" in row or row.get("uid") is not None)
+    rows = [found[1] for deal in itertools.zip_longest(*map(read_records, paths)) for found in deal if found]
+    given = "".join(json_line(model_answer(row, name)) for row in rows if "turns" in row or row.get("uid") is not None)
     outputs = [{"dataset": row.get("dataset", ""), "instruction": row["instruction"], "output": row["responses"][0]["text"], "generator": name}
                for row in rows if row.get("instruction") is not None]
     for suffix, text in (("model_answer.jsonl", given), ("model_outputs.json", outputs and json.dumps(outputs, ensure_ascii=False, indent=1))):
@@ -328,7 +334,7 @@ def main():
     remote = engine == "openai"
     remote and (task != "candidates" or not engine_url or "@" in engine_url) and sys.exit(
         "--engine=openai: writes candidates, wants --engine_url without user or key in it (OPENAI_API_KEY)")
-    manifest = begin(out, ".jsonl", config, "model", "prompts")
+    manifest = open_stage(out, ".jsonl", config, "model", "prompts")
     if manifest is not None:
         tasks[task](manifest, *((None, None) if remote else load_tokenizer(model)))
     if task == "answers":
@@ -336,4 +342,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,8 +15,12 @@ import re
 import statistics
 import sys
 
-from configurator import configure
-from nanoaipo.data import RANK, WORLD_SIZE, begin, derive_seed, read_candidates, shard, writing
+from configurator import configure, run_script
+from nanoaipo.files import shard_path
+from nanoaipo.processes import RANK, WORLD_SIZE
+from nanoaipo.prompts import read_candidates
+from nanoaipo.seeds import derive_seed
+from nanoaipo.stages import open_stage, open_output
 
 # ---- settings ----
 candidates = ""                         # candidates file, folder or glob
@@ -96,7 +100,7 @@ def main():
         config["ranker_model"] = policy or sys.exit("--ranker_model=policy: --model is not set")
     named = config["ranker_model"]
     models = {f"annotator_model_{k}": path for k, spec in enumerate(named.split()) if (path := spec.partition(":")[2]) and ranker == "annotators"}
-    manifest = begin(out, ".jsonl", config | models, "candidates", "ranker_model", *models)
+    manifest = open_stage(out, ".jsonl", config | models, "candidates", "ranker_model", *models)
     if manifest is None:
         return
 
@@ -125,10 +129,10 @@ def main():
     manifest["counts"], manifest["summary"] = dict(counts), summary(pairs)
     told = ", ".join(f"{v} {k}" for k, v in counts.items() if v)
     pairs or WORLD_SIZE > 1 or sys.exit(f"{candidates}: not one pair; {told}")
-    with writing(out, manifest) as write:
+    with open_output(out, manifest) as write:
         for pair in pairs:
             write(pair)
-    print(told, "->", shard(out))
+    print(told, "->", shard_path(out))
     if pairs:
         print("gap {gap:.3f}, z {z:.3f}; chosen {chosen:.1f} and rejected {rejected:.1f} {unit}; the longer one won in {longer_won:.1%} of {longer_won_n} prompts "
               "(95 %: {longer_won_95[0]:.1%} to {longer_won_95[1]:.1%})".format(**manifest["summary"]))
@@ -190,4 +194,4 @@ def summary(pairs):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

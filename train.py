@@ -24,7 +24,12 @@ import sys
 import time
 
 from configurator import configure
-from nanoaipo.data import DTYPES, RANK, WORLD_SIZE, begin, load_tokenizer, manifest_of, pick_device, plan, read_pairs, version, write_json
+from nanoaipo.chat import load_tokenizer
+from nanoaipo.files import write_json
+from nanoaipo.packing import plan
+from nanoaipo.pairs import read_pairs
+from nanoaipo.processes import DTYPES, RANK, WORLD_SIZE, pick_device
+from nanoaipo.stages import open_stage, manifest_path, version
 
 # ---- settings ----
 model = ""                              # policy to start from, also the reference: Hugging Face folder or hub name
@@ -81,7 +86,7 @@ WORLD_SIZE % (shard_size or 1) == 0 or sys.exit(f"--shard_size={shard_size}: has
 for package, wanted in {"peft": lora_rank, "wandb": wandb, "tensorboard": tensorboard}.items():
     wanted and not version(package) and sys.exit(f"--{'lora_rank' if package == 'peft' else package}: pip install {package} first")
 out = out.rstrip("/")
-manifest = begin(out, "", config, "model", "pairs")
+manifest = open_stage(out, "", config, "model", "pairs")
 if manifest is None:
     sys.exit(0)
 tokenizer, ends = load_tokenizer(model)
@@ -94,7 +99,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import losses
-from nanoaipo.policy import build_policy, flops, load_weights, matmul_rate, pack, save_policy
+from nanoaipo.packing import pack
+from nanoaipo.policy import build_policy, flops, load_weights, matmul_rate, save_policy
 
 loss in losses.OBJECTIVES or sys.exit(f"--loss={loss}: there are {', '.join(losses.OBJECTIVES)}")
 signature = inspect.signature(losses.OBJECTIVES[loss]).parameters
@@ -281,7 +287,7 @@ NAMES = ("loss", "nll", "reward_chosen", "reward_rejected", "accuracy", "s_theta
 start = resume()
 logs = []
 if RANK == 0:
-    write_json(manifest_of(work), manifest)
+    write_json(manifest_path(work), manifest)
     logs = open_logs(start)
 for step, rounds in enumerate(steps[start:], start):
     began, batch = time.time(), [i for groups in rounds for g in groups for i in g]

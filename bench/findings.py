@@ -116,7 +116,7 @@ def curves():
     return save(figure, "findings_iterations")
 
 
-def by_length():
+def batches_by_length():
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     titles = {"win_rate": "win rate %", "lc_win_rate": "length-controlled win rate %", "accuracy": "right answers %"}
     for axis, (field, title) in zip(axes, titles.items()):
@@ -221,7 +221,7 @@ Each got the same budget: three values of one setting, {TUNED} iterations on a s
 The same over the length of the answers (Fig. 3 of the paper). Where answers of one length are compared, those of an objective that grows
 faster have seen fewer iterations:
 
-{by_length()}
+{batches_by_length()}
 
 What was tried, as LC win rate and tokens after {TUNED} iterations:
 

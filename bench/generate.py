@@ -21,7 +21,8 @@ asked |= dict(a.lstrip("-").split("=") for a in sys.argv[1:] if "=" in a)
 
 def side(name, folder):
     """Print {seconds, tokens}."""
-    from nanoaipo.data import derive_seed, read
+    from nanoaipo.files import read_records
+    from nanoaipo.seeds import derive_seed
     sys.argv = ["generate.py", f"--model={asked['model']}", f"--prompts={folder}/prompts.jsonl", f"--out={folder}/{name}.jsonl", "--engine=vllm", "--n_responses=5",
                 "--temperature=1.0", f"--max_new_tokens={asked['max_new_tokens']}", f"--dtype={asked['dtype']}", f"--block={asked['block']}"]
     import generate
@@ -39,7 +40,7 @@ def side(name, folder):
         generate.load_engine = timed
         generate.main()
         seconds = time.perf_counter() - began[0]
-        tokens = sum(len(r["ids"]) for _, row in read(f"{folder}/ours.jsonl") for r in row["responses"])
+        tokens = sum(len(r["ids"]) for _, row in read_records(f"{folder}/ours.jsonl") for r in row["responses"])
     else:
         tokenizer, ends = generate.load_tokenizer(asked["model"])
         rows, _ = generate.read_pool(tokenizer, generate.max_prompt_tokens)

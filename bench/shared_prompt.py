@@ -17,7 +17,8 @@ import torch.distributed as dist
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from nanoaipo.policy import build_policy, layout, load_weights, pack
+from nanoaipo.packing import layout, pack
+from nanoaipo.policy import build_policy, load_weights
 
 SHAPES = {                                                              # small head, as in models of billions; large head, as in small models
     "8M body, 1M head": dict(vocab_size=4_000, hidden_size=256, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2),

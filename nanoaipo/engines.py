@@ -1,31 +1,22 @@
-"""Everything that writes text: engines that sample from a model here, and endpoints that are asked over the network.
+"""Engines that sample from a model here.
 
-    sample = load_engine("auto", model, ends, longest, settings)
+    sample = load_engine("auto", model, ends, longest, dtype="bfloat16", ...)
     responses = sample(requests, n_responses=5, temperature=0.4, top_k=50, top_p=1.0, max_new_tokens=2048)
 
 A request is (prompt ids, seed); it gets a list of n_responses tuples (ids, finished, log-prob in nats under the untempered model).
 Sampling ends at an end token, and soon behind any of the texts in `stop`.
-
-    replies = ask(questions, "pairs.jsonl", endpoint("https://api.openai.com/v1", 16))
-
-A question is a JSON object with model, messages, temperature, max_tokens, and whatever else tells it from the others; its reply is text.
 """
-import concurrent.futures
-import glob
-import hashlib
 import importlib.util
-import inspect
-import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 
 from tqdm import tqdm
 
-from nanoaipo.data import DTYPES, control_text, derive_seed, load_tokenizer, pick_device, render, shard
+from nanoaipo.processes import DTYPES, pick_device
+from nanoaipo.seeds import derive_seed
 
 
 def wait_for_gpus(gpus, share, patience=300, pause=5):
@@ -173,134 +164,23 @@ def transformers_engine(model, ends, longest, *, dtype, generate_rows):
     return sample
 
 
-def positions(model):
+def context_length(model):
     """Tokens of prompt and response together that a model was built for."""
     from transformers import AutoConfig
     return getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", 2**31)
 
 
-def load_engine(engine, model, ends, longest, settings):
-    """An engine's `sample`; longest: tokens of the longest prompt and response together; settings: those of the script.
+def load_engine(engine, model, ends, longest, *, dtype, seed, tensor_parallel, gpu_memory, generate_rows):
+    """An engine's `sample`; longest: tokens of the longest prompt and response together.
 
-    engine: vllm, transformers, or auto, which is vllm where it is installed. Each takes the settings that its signature names.
+    engine: vllm, transformers, or auto, which is vllm where it is installed.
     """
-    settings["dtype"] in DTYPES or sys.exit(f"--dtype={settings['dtype']}: there are {', '.join(DTYPES)}")
+    dtype in DTYPES or sys.exit(f"--dtype={dtype}: there are {', '.join(DTYPES)}")
     found = importlib.util.find_spec("vllm") is not None
     engines = {"vllm": vllm_engine, "transformers": transformers_engine, "auto": vllm_engine if found else transformers_engine}
     engine in engines or sys.exit(f"--engine={engine}: there are {', '.join(engines)}")
     start = engines[engine]
     found or start is transformers_engine or sys.exit("--engine=vllm: vllm is not installed; `make vllm` or --engine=transformers")
-    return start(model, ends, longest, **{k: settings[k] for k in inspect.getfullargspec(start).kwonlyargs})
-
-
-# ---------------------------------------------------------------------------------------------- questions and replies
-
-
-PARAMETERS = ("model", "messages", "temperature", "top_p", "max_tokens", "logprobs", "top_logprobs")
-OPTIONAL = {*PARAMETERS} - {"model", "messages"}                        # some models refuse some of them
-
-
-def endpoint(url, concurrency):
-    """A way to answer questions: an OpenAI-compatible endpoint, `concurrency` requests at a time, the key from OPENAI_API_KEY.
-
-    The client repeats what fails in passing (no connection, 429, 5xx, no answer for two minutes) up to 20 times, 8 seconds
-    apart at most. A parameter that the model does not know is left out, aloud. What the endpoint refuses to answer (400, 413, 422:
-    too long, filtered), or answers four times with nothing in it, has an error for a reply; any other refusal ends the program.
-    However it ends, requests under way are waited for, and their replies kept.
-    """
-    from openai import APIStatusError, OpenAI, OpenAIError
-    key = os.environ.get("OPENAI_API_KEY") or "none"
-    key.isascii() or sys.exit("OPENAI_API_KEY: has characters that no key has")
-    client = OpenAI(base_url=url, api_key=key, max_retries=20, timeout=120)
-
-    refused = set()                                                     # parameters that this model does not take
-
-    def one(question, tries=3):
-        asked = {k: question[k] for k in PARAMETERS if k in question and k not in refused}
-        if "max_tokens" in refused:                                     # reasoning models have another name for it
-            asked["max_completion_tokens"] = question["max_tokens"]
-        try:
-            response = client.chat.completions.with_raw_response.create(**asked)
-        except APIStatusError as e:
-            if e.status_code not in (400, 413, 422):
-                raise
-            if e.code in ("unsupported_parameter", "unsupported_value") and e.param in asked.keys() & OPTIONAL:
-                e.param in refused or print(f"{url}: {question['model']} does not take this {e.param}, asked without it from now on", flush=True)
-                refused.update({"logprobs", "top_logprobs"} if "logprobs" in e.param else {e.param})
-                return one(question)
-            return {"reply": "", "error": str(e).replace(key, "***")[:300]}
-        text = response.http_response.text
-        try:
-            body = json.loads(text)
-            choice = body["choices"][0]
-            reply = {"reply": ("" + (choice["message"]["content"] or "")).encode(errors="replace").decode(),
-                     "finish": choice.get("finish_reason"), "usage": {**(body.get("usage") or {})}}
-            return reply | ({"logprobs": choice["logprobs"]} if choice.get("logprobs") else {})
-        except (ValueError, LookupError, TypeError):                    # status 200 and no answer in it
-            return one(question, tries - 1) if tries else {"reply": "", "error": f"no answer in it: {text.replace(key, '***')[:200]}"}
-
-    def answer(questions, keep):
-        pool = concurrent.futures.ThreadPoolExecutor(concurrency)
-        try:
-            for future in concurrent.futures.as_completed([pool.submit(lambda n: keep({n: one(questions[n])}), n) for n in range(len(questions))]):
-                future.result()
-        except OpenAIError as e:
-            sys.exit(f"{url}: {type(e).__name__}: {str(e).replace(key, '***')[:300]}; the replies that came are kept, the same command asks for the rest")
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    return answer
-
-
-def local_model(engine, model, settings):
-    """The same by an engine of this process, 512 questions at a time, so that a kill costs no more than those."""
-    def answer(questions, keep):
-        tokenizer, ends = load_tokenizer(model, "ranker_model")
-        control, most = control_text(tokenizer), questions[0]["max_tokens"]
-        ids, room = [render(tokenizer, q["messages"], model, control) for q in questions], positions(model) - most
-        keep({n: {"reply": "", "error": f"{len(i)} tokens, the model has room for {room}"} for n, i in enumerate(ids) if len(i) > room})
-        short = [n for n, i in enumerate(ids) if len(i) <= room]
-        sample = short and load_engine(engine, model, ends, max(len(ids[n]) for n in short) + most, settings)
-        for start in range(0, len(short), 512):
-            block = short[start:start + 512]
-            sampled = sample([(ids[n], derive_seed(questions[n])) for n in block], n_responses=1, temperature=questions[0]["temperature"],
-                             top_k=0, top_p=1.0, max_new_tokens=most)
-            keep({n: {"reply": tokenizer.decode(response, skip_special_tokens=True), "usage": {"prompt_tokens": len(ids[n]), "completion_tokens": len(response)}}
-                  for n, ((response, *_),) in zip(block, sampled)})
-
-    return answer
-
-
-def ask(questions, out, answer):
-    """The replies to `questions`, in their order, as {reply, usage, ...}. Each is kept as it came, the moment it comes, in NAME.replies beside `out`.
-
-    answer(questions, keep) calls keep({index: {reply, usage}}), from any thread, in any order. A question that an earlier run or
-    another process of this one has a reply to is not asked again, nor is the same question twice; one with an error is.
-    """
-    stem, path = os.path.splitext(out)[0], os.path.splitext(shard(out))[0] + ".replies"
-    keys, kept = [hashlib.sha256(json.dumps(q, sort_keys=True).encode()).hexdigest() for q in questions], {}
-    for file in glob.glob(glob.escape(stem) + ".replies") + glob.glob(glob.escape(stem) + "-[0-9]*-of-[0-9]*.replies"):
-        with open(file, "rb") as f:
-            lines = f.read().splitlines(keepends=True)
-        if file == path and lines and not lines[-1].endswith(b"\n"):    # a kill has cut the last one
-            os.truncate(path, sum(map(len, lines[:-1])))
-        kept |= {line["key"]: line for line in map(json.loads, (line for line in lines if line.endswith(b"\n"))) if "error" not in line}
-    missing = {key: q for key, q in zip(keys, questions) if key not in kept}
-    if missing:
-        names, before, lock = list(missing), len({*keys} & kept.keys()), threading.Lock()
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with tqdm(total=len(missing), desc="ask", unit="reply") as bar:
-            def keep(replies):
-                lines = [{"key": names[n], "about": missing[names[n]].get("about"), **reply} for n, reply in replies.items()]
-                with lock, open(path, "a", encoding="utf-8") as f:
-                    f.write("".join(json.dumps(line) + "\n" for line in lines))
-                    f.flush()
-                    os.fsync(f.fileno())
-                    kept.update((line["key"], line) for line in lines)
-                    bar.update(len(lines))
-
-            answer(list(missing.values()), keep)
-        usage, errors = [kept[name].get("usage", {}) for name in names], [kept[name]["error"] for name in names if "error" in kept[name]]
-        print(f"{len(missing)} questions asked, {before} replies were there; {sum(u.get('prompt_tokens') or 0 for u in usage)} tokens read,",
-              f"{sum(u.get('completion_tokens') or 0 for u in usage)} written -> {path}" + (f"; {len(errors)} refused, such as: {errors[0]}" if errors else ""))
-    return [kept[key] for key in keys]
+    if start is vllm_engine:
+        return vllm_engine(model, ends, longest, dtype=dtype, seed=seed, tensor_parallel=tensor_parallel, gpu_memory=gpu_memory)
+    return transformers_engine(model, ends, longest, dtype=dtype, generate_rows=generate_rows)

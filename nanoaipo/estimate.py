@@ -18,7 +18,9 @@ import sys
 import time
 from types import SimpleNamespace
 
-from nanoaipo.data import DTYPES, load_tokenizer, pick_device, read_prompts, render
+from nanoaipo.chat import load_tokenizer, render
+from nanoaipo.processes import DTYPES, pick_device
+from nanoaipo.prompts import read_prompts
 
 # ---- settings, beside those of the stages ----
 gpus = ""                               # plan for these, not for this machine: NUMBERxGIBxTFLOPS (of matrix products in dtype), such as 8x80x400

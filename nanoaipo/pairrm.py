@@ -21,7 +21,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, DebertaV2Model
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
-from nanoaipo.data import by_length, encode
+from nanoaipo.chat import encode
+from nanoaipo.packing import batches_by_length
 
 PREFIXES = ["<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"]      # their order fixes their ids
 ROWS = 64                               # of the shifted view computed at once: fewer waste less, more multiply faster
@@ -185,7 +186,7 @@ def compare(model, tokenizer, prompts, candidates, batch_tokens, counts):
         where += [(p, i, j) for i, j in itertools.permutations(range(len(texts)), 2)]
     matrices = [torch.zeros(len(texts), len(texts)) for texts in candidates]
     with tqdm(total=len(where), desc="rank", unit="cmp", disable=not where) as bar:
-        for batch in by_length([len(segments[p][0]) + len(segments[p][i + 1]) + len(segments[p][j + 1]) for p, i, j in where], batch_tokens):
+        for batch in batches_by_length([len(segments[p][0]) + len(segments[p][i + 1]) + len(segments[p][j + 1]) for p, i, j in where], batch_tokens):
             batch = [where[k] for k in batch]
             rows = [tokenizer.join(segments[p][0], segments[p][i + 1], segments[p][j + 1]) for p, i, j in batch]
             lengths = [len(ids) for ids, _ in rows]

@@ -9,9 +9,7 @@ gave none; or None in their place, where the odds say all there is. Both float32
 signature names, and adds what went wrong to `counts`.
 """
 import importlib
-import inspect
 import itertools
-import math
 import os
 import re
 import sys
@@ -19,22 +17,14 @@ import sys
 import torch
 from tqdm import tqdm
 
-from nanoaipo.data import by_length, control_text, fingerprint, is_right, load_tokenizer, pick_device, render
-from nanoaipo.engines import ask, endpoint, local_model
+from nanoaipo.chat import control_pattern, load_tokenizer, render
+from nanoaipo.grading import is_right
+from nanoaipo.judges import from_rewards, judge, prompt_text, zermelo
+from nanoaipo.packing import batches_by_length
+from nanoaipo.processes import pick_device
 
 
-def prompt_text(messages):
-    """What PairRM and a judge read of a prompt: the bare instruction, or every turn of a longer conversation with its role."""
-    return messages[0]["content"] if len(messages) == 1 else "\n".join(f"{m['role'].upper()}: {m['content']}" for m in messages)
-
-
-def from_rewards(rewards, temperature):
-    """Bradley-Terry: log-odds = difference of rewards / temperature."""
-    rewards = torch.tensor(rewards, dtype=torch.float32)
-    return rewards, (rewards[:, None] - rewards) / temperature
-
-
-def pairrm(model, counts, *, rank_batch_tokens):
+def pairrm(model, counts, *, rank_batch_tokens, **_):
     """PairRM, ours (pairrm.py)."""
     from nanoaipo.pairrm import compare, load_pairrm
     model, tokenizer = load_pairrm(model, pick_device())
@@ -54,7 +44,7 @@ def import_llm_blender():
         sys.exit(f"--ranker=llm-blender: {e}; pip install llm-blender==0.0.2, or take --ranker=pairrm: same weights, same scores")
 
 
-def llm_blender(model, counts):
+def llm_blender(model, counts, **_):
     """The package itself; its truncation depends on the batch."""
     blender = import_llm_blender().Blender()
     blender.loadranker(model, device=pick_device().type)
@@ -71,12 +61,12 @@ def llm_blender(model, counts):
     return rank
 
 
-def reward(model, counts, *, rank_batch_tokens, reward_temperature):
+def reward(model, counts, *, rank_batch_tokens, reward_temperature=1.0, **_):
     """A scalar reward model: AutoModelForSequenceClassification with one label, over the conversation in its own template."""
     from transformers import AutoModelForSequenceClassification
     device = pick_device()
     tokenizer, _ = load_tokenizer(model, "ranker_model")
-    control = control_text(tokenizer)
+    control = control_pattern(tokenizer)
     try:
         network, loading = AutoModelForSequenceClassification.from_pretrained(
             model, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, output_loading_info=True)
@@ -93,7 +83,7 @@ def reward(model, counts, *, rank_batch_tokens, reward_temperature):
                for row in rows for text in row["texts"]]
         rewards = [0.0] * len(ids)
         with tqdm(total=len(ids), desc="rank", unit="resp") as bar:
-            for batch in by_length([len(i) for i in ids], rank_batch_tokens):
+            for batch in batches_by_length([len(i) for i in ids], rank_batch_tokens):
                 if own is None:                                         # it reads the last token that is no padding: take an id not in use
                     network.config.pad_token_id = next(i for i in itertools.count() if not any(i in ids[r] for r in batch))
                 pad = network.config.pad_token_id
@@ -108,7 +98,7 @@ def reward(model, counts, *, rank_batch_tokens, reward_temperature):
     return rank
 
 
-def answer(model, counts, *, reward_temperature):
+def answer(model, counts, *, reward_temperature=1.0, **_):
     """Exact match with the prompt's `answer` (data.py): 1 or 0, as Iterative RPO has it (2404.19733)."""
     def rank(rows):
         for row in rows:
@@ -121,93 +111,7 @@ def answer(model, counts, *, reward_temperature):
     return rank
 
 
-# ---------------------------------------------------------------------------------------------- a language model as judge
-
-
-def read_score(reply):
-    """The last line "Score: N" of a reply, 0 to 5, or None."""
-    found = re.findall(r"^\W*(?:final )?score\b\W*(?:is\W*)?(\d+(?:\.\d+)?)", reply, re.IGNORECASE | re.MULTILINE)
-    return float(found[-1]) if found and float(found[-1]) <= 5 else None
-
-
-def read_verdict(reply):
-    """The last line "Better: A", "B" or "tie" as 1, 0 or a half, or None."""
-    found = re.findall(r"^\W*better\b\W*(?:response\W*)?(a|b|tie)\W*$", reply, re.IGNORECASE | re.MULTILINE)
-    return {"a": 1.0, "b": 0.0, "tie": 0.5}[found[-1].lower()] if found else None
-
-
-def judge(model, counts, *, out, engine, judge_url, judge_mode, judge_prompt, judge_votes, judge_temperature, judge_tokens, judge_concurrency,
-          reward_temperature, pseudo_count, **settings):
-    """A language model as judge: here (by an engine) or at an OpenAI-compatible endpoint; judge_votes replies to each question.
-
-    judge_mode "score": points for each response (additive rubric, as in Self-Rewarding, 2401.10020), their mean over the votes.
-    "pairwise": two responses at a time, in both orders; Bradley-Terry strengths of the votes, as for annotators. What is asked
-    stands in prompts/judge_MODE.txt or in the file judge_prompt. An endpoint's judge is its model's name, wherever it is served.
-    """
-    modes = {"score": (read_score, ("{prompt}", "{response}")), "pairwise": (read_verdict, ("{prompt}", "{response_a}", "{response_b}"))}
-    judge_mode in modes or sys.exit(f"--judge_mode={judge_mode}: there are {', '.join(modes)}")
-    read, places = modes[judge_mode]
-    path = judge_prompt or os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "prompts", f"judge_{judge_mode}.txt")
-    os.path.isfile(path) or sys.exit(f"--judge_prompt={path}: no such file")
-    with open(path, encoding="utf-8") as f:
-        template = f.read().strip()
-    for place in places:
-        place in template or sys.exit(f"{path}: lacks {place}, where the text to judge goes")
-    answers = endpoint(judge_url, judge_concurrency) if judge_url else local_model(engine, model, settings)
-    who = {"model": model} if judge_url else {"model": model, "weights": fingerprint(model), "seed": settings["seed"]}
-
-    def rank(rows):
-        sizes = [len(row["texts"]) for row in rows]
-        shown = [(r, c) for r, size in enumerate(sizes) for c in itertools.permutations(range(size), len(places) - 1)]        # one response, or two in order
-        questions = []
-        for r, candidates in shown:
-            filled = dict(zip(places, (prompt_text(rows[r]["prompt"]), *(rows[r]["texts"][i] for i in candidates))))
-            text = re.sub("|".join(map(re.escape, places)), lambda place: filled[place[0]], template)          # texts are not searched again
-            questions += [who | {"messages": [{"role": "user", "content": text}], "temperature": judge_temperature, "max_tokens": judge_tokens,
-                                 "about": [rows[r]["id"], *candidates, vote]} for vote in range(judge_votes)]
-        votes = [read(reply["reply"]) for reply in ask(questions, out, answers)]
-        counts["replies"] += len(votes)
-        counts["unreadable_replies"] += votes.count(None)
-        told = [[v for v in votes[k:k + judge_votes] if v is not None] for k in range(0, len(votes), judge_votes)]
-        if judge_mode == "score":
-            means = iter([sum(t) / len(t) if t else math.nan for t in told])
-            return [from_rewards(list(itertools.islice(means, size)), reward_temperature) for size in sizes]
-        wins = [torch.zeros(size, size) for size in sizes]
-        for (r, (i, j)), t in zip(shown, told):
-            wins[r][i, j] += sum(t)
-            wins[r][j, i] += len(t) - sum(t)
-        return [from_rewards(w.tolist(), 1.0) for w in zermelo(wins, pseudo_count)]
-
-    return rank
-
-
-# ---------------------------------------------------------------------------------------------- several annotators
-
-
-def zermelo(wins, pseudo_count, rounds=100_000):
-    """Bradley-Terry log-strengths (N,) of each matrix of votes (N, N), where [i, j] counts how often i beat j; mean 0.
-
-    Zermelo's iteration, all strengths of a matrix at once (iREPO, 2405.15230); pseudo_count > 0 is added to every entry, without it
-    the strengths of unanimous votes diverge. Two candidates have the closed form log((k + c) / (h - k + c)). nan: no vote at all.
-    """
-    strengths = [None] * len(wins)
-    for size in {len(w) for w in wins}:
-        places = [k for k, w in enumerate(wins) if len(w) == size]
-        votes = (torch.stack([wins[k].double() for k in places]) + pseudo_count) * (1 - torch.eye(size))                       # (B, N, N)
-        logs = torch.zeros(len(places), size, dtype=torch.double)
-        for _ in range(rounds if size > 1 else 0):
-            w = logs.exp()
-            new = (votes.sum(2) / ((votes + votes.mT) / (w[:, :, None] + w[:, None])).sum(2)).log()
-            new -= new.mean(1, keepdim=True)
-            done, logs = (new - logs).abs().max() < 1e-10, new
-            if done:
-                break
-        for k, log in zip(places, logs):
-            strengths[k] = torch.where((wins[k] + wins[k].T).sum(1) > 0, log.float(), math.nan) if size > 1 else log.float()
-    return strengths
-
-
-def annotators(model, counts, *, annotator_votes, pseudo_count, **settings):
+def annotators(model, counts, *, annotator_votes=9, pseudo_count=0.5, **settings):
     """Several rankers vote on every pair; `model` names them: "pairrm:llm-blender/PairRM reward:Skywork/...".
 
     annotator_votes = 0: each casts one vote for the response it puts first. k: each casts k votes, split by its probability.
@@ -230,11 +134,7 @@ def annotators(model, counts, *, annotator_votes, pseudo_count, **settings):
 
 RANKERS = {"pairrm": pairrm, "llm-blender": llm_blender, "reward": reward, "judge": judge, "answer": answer,
            "annotators": annotators}
-
-
 def load_ranker(ranker, model, settings, counts):
     """The ranker's function over rows, see above; model: folder or hub name, or the name of a model at judge_url."""
     ranker in RANKERS or sys.exit(f"--ranker={ranker}: there are {', '.join(RANKERS)}")
-    names = inspect.getfullargspec(RANKERS[ranker])
-    wanted = settings if names.varkw else {k: settings[k] for k in names.kwonlyargs}
-    return RANKERS[ranker](model, counts, **wanted)
+    return RANKERS[ranker](model, counts, **settings)

@@ -20,9 +20,13 @@ import time
 import numpy as np
 import pytest
 
-from nanoaipo import benchmarks
-from nanoaipo import data
-from nanoaipo import engines
+from nanoaipo import stats
+from nanoaipo.benchmarks import alpaca_eval
+from nanoaipo.benchmarks.answers import answers_of
+from nanoaipo.benchmarks import arena_hard
+from nanoaipo.benchmarks.mt_bench import rating_of
+from nanoaipo import files
+from nanoaipo import questions
 from nanoaipo.benchmarks import BENCHMARKS
 from conftest import ROOT, build_model, run
 from test_judge import KEY, Judge
@@ -61,7 +65,7 @@ def done(*command):
 
 
 def loaded(path):
-    return [row for _, row in data.read(str(path))]
+    return [row for _, row in files.read_records(str(path))]
 
 
 # ---------------------------------------------------------------------------------------------- published scores
@@ -83,7 +87,7 @@ def test_alpaca_eval_scores_are_those_of_the_leaderboard(model):
 def test_answers_alone_have_the_published_lengths():
     rows = {r[""]: r for r in csv.DictReader(open(ALPACA / "leaderboard.csv"))}
     for path in glob.glob(str(ALPACA / "outputs_only" / "*.json.gz")):
-        found, name = benchmarks.answers_of(path)
+        found, name = answers_of(path)
         expected = {"Snorkel-Mistral-PairRM-DPO": 2736, "SPPO-Llama-3-Instruct-8B-PairRM": 2066}[os.path.basename(path)[:-8]]
         assert int(statistics.mean(len(texts[0]) for texts, _ in found.values())) == expected and (name not in rows or int(rows[name]["avg_length"]) == expected)
 
@@ -95,7 +99,7 @@ def test_order_and_log_probs_give_every_published_preference():
         if not row["raw_completion"]:
             continue
         swapped = random.Random("is_switched_outputs" + row["instruction"] + "0").choices([False, True])[0]
-        ours = benchmarks.preference_of({"logprobs": row["raw_completion"]["logprobs"], "reply": ""})
+        ours = alpaca_eval.preference_of({"logprobs": row["raw_completion"]["logprobs"], "reply": ""})
         assert (3 - ours if swapped else ours) == pytest.approx(row["preference"], abs=1e-9)
         checked += 1
     assert checked > 790
@@ -209,12 +213,12 @@ def test_a_known_effect_of_length_is_taken_out_and_odd_data_stay_finite():
     longer = draw.normal(0, 100, 4000)
     won = (draw.random(4000) < 1 / (1 + np.exp(2 * np.tanh((longer + 60) / 100) - 0.4))).astype(float)
     x = np.tanh((longer + 60) / (longer + 60).std(ddof=1))
-    assert won.mean() < 0.45 and abs(benchmarks.length_controlled(longer + 60, won, one)[0] - 1 / (1 + math.exp(-0.4))) < 0.02 < abs(x.mean())
-    assert benchmarks.length_controlled(longer, (longer < 0) * 1.0, one)[0] == pytest.approx(0.5, abs=0.05)       # perfectly separable
-    assert benchmarks.length_controlled(np.zeros(4000), won, one)[0] == pytest.approx(won.mean(), abs=0.001)      # nothing to control
-    assert 0.5 < benchmarks.length_controlled(np.array([9.0]), np.array([1.0]), one[:1])[0] < 1
+    assert won.mean() < 0.45 and abs(stats.length_controlled(longer + 60, won, one)[0] - 1 / (1 + math.exp(-0.4))) < 0.02 < abs(x.mean())
+    assert stats.length_controlled(longer, (longer < 0) * 1.0, one)[0] == pytest.approx(0.5, abs=0.05)       # perfectly separable
+    assert stats.length_controlled(np.zeros(4000), won, one)[0] == pytest.approx(won.mean(), abs=0.001)      # nothing to control
+    assert 0.5 < stats.length_controlled(np.array([9.0]), np.array([1.0]), one[:1])[0] < 1
     some = np.where(np.arange(4000) % 3, won, np.nan)
-    assert benchmarks.length_controlled(longer, some, one)[0] == pytest.approx(benchmarks.length_controlled(longer, won, one)[0], abs=0.02)
+    assert stats.length_controlled(longer, some, one)[0] == pytest.approx(stats.length_controlled(longer, won, one)[0], abs=0.02)
 
 
 def test_preferences_of_0_are_ties_and_null_is_invalid(alpaca, tmp_path):
@@ -279,14 +283,14 @@ def test_mt_bench_is_the_mean_of_all_ratings_but_those_that_could_not_be_read(tm
 
 @pytest.mark.parametrize("reply, value", [("So [[7]].", 7), ("[8] or [[7.5]]", 7.5), ("Rating: [7]", 7), ("seven", -1), ("", -1), ("[[x]]", -1)])
 def test_the_rating_of_a_reply(reply, value):
-    assert benchmarks.rating_of(reply) == value
+    assert rating_of(reply) == value
 
 
 @pytest.mark.parametrize("reply, old, new", [
     ("[[A>>B]]", "A>>B", "A>>B"), ("[[A>B]], as I said: [[A>B]]", "A>B", "A>B"), ("[[A>B]] no [[B>A]]", None, "B>A"), ("[[A>> B]]", None, None),
     ("[[a>b]]", None, "A>B"), ("[A=B]", None, "A=B"), ("A>B", None, None)])
 def test_the_verdict_of_a_reply(reply, old, new):
-    assert benchmarks.verdict_of(reply, False) == old and benchmarks.verdict_of(reply, True) == new
+    assert arena_hard.verdict_of(reply, False) == old and arena_hard.verdict_of(reply, True) == new
 
 
 @pytest.mark.parametrize("top, text, preference", [
@@ -294,7 +298,7 @@ def test_the_verdict_of_a_reply(reply, old, new):
     (None, "m", 1.0), (None, "The best is **M**.", 2.0), (None, "I'm for M, not m", 1.0), (None, "I'm sure.", None), (None, "", None)])
 def test_the_preference_of_a_reply(top, text, preference):
     logprobs = top and {"content": [{"token": "?", "top_logprobs": [{"token": t, "logprob": math.log(p)} for t, p in top.items()]}]}
-    assert benchmarks.preference_of({"reply": text, "logprobs": logprobs}) == (preference if preference is None else pytest.approx(preference))
+    assert alpaca_eval.preference_of({"reply": text, "logprobs": logprobs}) == (preference if preference is None else pytest.approx(preference))
 
 
 ANNOTATION = {"instruction": "task 0", "output_1": "a", "output_2": "bb", "generator_2": "m", "annotator": "j", "preference": 1.5}
@@ -526,7 +530,7 @@ def test_no_answer_in_time_is_tried_again(tmp_path, monkeypatch):
     monkeypatch.setattr(openai, "OpenAI", lambda **settings: client(**settings | {"timeout": 1.0}))
     slow = threading.Event()
     server = Grader(lambda messages: "fine", lambda server, handler: not slow.is_set() and (slow.set() or time.sleep(3) or True))
-    (reply,) = engines.ask([{"model": "x", "messages": [{"role": "user", "content": "?"}]}], str(tmp_path / "a.jsonl"), engines.endpoint(server.url, 1))
+    (reply,) = questions.ask([{"model": "x", "messages": [{"role": "user", "content": "?"}]}], str(tmp_path / "a.jsonl"), questions.endpoint(server.url, 1))
     assert reply["reply"] == "fine" and len(server.bodies) >= 2
 
 
@@ -709,7 +713,7 @@ def test_the_interval_of_the_length_controlled_rate_is_a_bootstrap(tmp_path):
     paths = [answers(tmp_path / f"{n}.jsonl", [f"answer: {n} {t}" for t in texts], answer=truth) for n, texts in (("yes", ours), ("no", theirs))]
     scores = rate(tmp_path, *paths, eval_ranker="answer", eval_ranker_model="-")
     won, longer = np.array([t == "yes" for t in truth], float), np.array([len(b) - 1 - len(a) for a, b in zip(ours, theirs)], float)
-    fit = lambda k: 100 * benchmarks.length_controlled(longer[k], won[k], np.ones((len(k), 1)))[0]
+    fit = lambda k: 100 * stats.length_controlled(longer[k], won[k], np.ones((len(k), 1)))[0]
     low, high = np.percentile([fit(np.array(draw.choices(range(80), k=80))) for _ in range(1000)], [2.5, 97.5])
     assert scores["lc_win_rate"] == pytest.approx(fit(np.arange(80))) and scores["lc_win_rate_ci"] == pytest.approx([low, high], abs=2.5)
     assert abs(scores["win_rate"] - 100 * won.mean()) < 1e-9 and high - low > 10

@@ -11,7 +11,9 @@ import time
 import pytest
 import torch
 
-from nanoaipo import data
+from nanoaipo import chat
+from nanoaipo import files
+from nanoaipo import prompts
 from nanoaipo import engines
 from conftest import ROOT, build_model, run, torchrun
 from test_judge import KEY, Judge
@@ -57,7 +59,7 @@ def test_a_kill_costs_one_block_and_the_file_is_the_same_as_without(world, tmp_p
 def test_benchmark_files_are_prompts_as_they_are(file, count, text):
     if not (SHARED / file).exists():
         pytest.skip(f"{SHARED / file} is not there")
-    rows = data.read_prompts(str(SHARED / file))
+    rows = prompts.read_prompts(str(SHARED / file))
     assert len(rows) == len({r["id"] for r in rows}) == count and rows[0]["prompt"][0]["content"].startswith(text)
 
 
@@ -66,17 +68,17 @@ def test_an_input_belongs_to_its_instruction_and_the_last_answer_is_no_prompt(tm
     rows = [{"instruction": "Add.", "input": "1 2"}, {"instruction": "Add.", "instances": [{"input": "3 4", "output": "7"}]}, {"instruction": "Add.", "input": ""},
             {"chosen": talk, "rejected": talk}, {"question_id": 7, "turns": [{"content": "first"}, {"content": "second"}]}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    read = data.read_prompts(str(tmp_path / "p.jsonl"))
+    read = prompts.read_prompts(str(tmp_path / "p.jsonl"))
     assert [r["prompt"][-1]["content"] for r in read] == ["Add.\n\n1 2", "Add.\n\n3 4", "Add.", "c", "first"] and len(read[3]["prompt"]) == 3 and read[4]["id"] == "7"
     (tmp_path / "p.jsonl").write_text(json.dumps({"chosen": "Human: a Assistant: b"}))
     with pytest.raises(SystemExit, match="p.jsonl:1: 'chosen' has to be"):
-        data.read_prompts(str(tmp_path / "p.jsonl"))
+        prompts.read_prompts(str(tmp_path / "p.jsonl"))
 
 
 def test_short_instructions_are_dropped_and_counted(world, tmp_path):  # noqa: F811
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in ("Hi", "What color is the sky?")))
     assert run("generate.py", "config/tiny.py", f"--prompts={tmp_path}/p.jsonl", f"--out={tmp_path}/c.jsonl", "--n_prompts=0", "--min_prompt_tokens=4").returncode == 0
-    assert len(list(data.read(f"{tmp_path}/c.jsonl"))) == 1 and json.load(open(tmp_path / "c.manifest.json"))["counts"]["too_short"] == 1
+    assert len(list(files.read_records(f"{tmp_path}/c.jsonl"))) == 1 and json.load(open(tmp_path / "c.manifest.json"))["counts"]["too_short"] == 1
 
 
 def test_an_endpoint_writes_candidates_that_a_kill_does_not_ask_twice(tmp_path):
@@ -86,7 +88,7 @@ def test_an_endpoint_writes_candidates_that_a_kill_does_not_ask_twice(tmp_path):
     asked = ("generate.py", "--engine=openai", "--model=gpt", f"--engine_url={server.url}", f"--prompts={tmp_path}/p.jsonl", "--n_responses=2", "--block=4", f"--out={tmp_path}/c.jsonl")
     done = run(*asked, env={"OPENAI_API_KEY": KEY})
     assert done.returncode == 0 and KEY not in done.stdout + done.stderr
-    rows = [r for _, r in data.read(f"{tmp_path}/c.jsonl")]
+    rows = [r for _, r in files.read_records(f"{tmp_path}/c.jsonl")]
     assert [len(r["responses"]) for r in rows] == [2] * 6 and len({r["text"] for row in rows for r in row["responses"]}) == 12 and "prompt_ids" not in rows[0]
     assert [row["responses"][0]["finished"] for row in rows] == [True, True, True, False, True, True]
     os.remove(tmp_path / "c.jsonl")
@@ -96,13 +98,13 @@ def test_an_endpoint_writes_candidates_that_a_kill_does_not_ask_twice(tmp_path):
     done = run(*(a.replace(server.url, broken.url) for a in again))
     assert done.returncode == 1 and "not one answer to 8 questions" in done.stderr and "no such parameter" in done.stderr
     assert not os.path.exists(tmp_path / "d.jsonl") and run(*again).returncode == 0         # refused is not answered: asked again
-    assert [len(row["responses"]) for _, row in data.read(f"{tmp_path}/d.jsonl")] == [2] * 6
+    assert [len(row["responses"]) for _, row in files.read_records(f"{tmp_path}/d.jsonl")] == [2] * 6
     lines = [json.dumps({"prompt": f"prompt {k}", "prompt_ids": [1]}) + "\n" for k in range(6)]
     (tmp_path / "p.jsonl").write_text("".join(lines))
     flaky = Judge(misbehave=lambda server, handler, text: handler.reply({"error": {"message": "filtered"}}, 400) is None if server.asked[text] <= 2 or "5" in text
                   else handler.reply({"choices": [{"finish_reason": "stop", "message": {"content": "yes"}}]}) is None)
     done = run(*(a.replace(server.url, flaky.url).replace("c.jsonl", "e.jsonl").replace("block=4", "block=5") for a in asked))      # the last block: 5 alone
-    rows = [r for _, r in data.read(f"{tmp_path}/e.jsonl")]
+    rows = [r for _, r in files.read_records(f"{tmp_path}/e.jsonl")]
     assert done.returncode == 0 and [len(r["responses"]) for r in rows] == [2] * 5 + [0] and "prompt_ids" not in rows[0]
     refused = run(*(a for a in asked if "engine_url" not in a), "--iteration=1")
     assert refused.returncode == 1 and "--engine=openai: writes candidates, wants --engine_url" in refused.stderr
@@ -114,30 +116,30 @@ def test_answers_come_turn_after_turn_in_the_official_formats(world, tmp_path): 
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
     asked = ("generate.py", "config/tiny.py", "--task=answers", "--n_prompts=0")
     assert run(*asked, f"--prompts={tmp_path}/q.jsonl", f"--out={tmp_path}/a.jsonl", "--max_new_tokens=16").returncode == 0
-    ours, official = ([r for _, r in data.read(f"{tmp_path}/{name}.jsonl")] for name in ("a", "a.model_answer"))
+    ours, official = ([r for _, r in files.read_records(f"{tmp_path}/{name}.jsonl")] for name in ("a", "a.model_answer"))
     given = [r["responses"] + r["later_responses"] for r in ours]
     assert [len(r) for r in given] == [2, 1, 2] and [r["question_id"] for r in official] == [1, 2, 3] and {r["model_id"] for r in official} == {"base"}
     assert [r["choices"][0]["turns"] for r in official[::2]] == [[x["text"] for x in r] for r in given[::2]]
     assert official[1]["choices"][0]["turns"] == [{"content": given[1][0]["text"], "token_len": len(given[1][0]["ids"])}]      # one turn: Arena-Hard's form
     assert ours[0]["responses"][0]["text"] == ours[2]["responses"][0]["text"]                                   # temperature 0 in both categories
-    tokenizer, _ = data.load_tokenizer(str(ROOT / "tiny/world/base"))
+    tokenizer, _ = chat.load_tokenizer(str(ROOT / "tiny/world/base"))
     from transformers import AutoModelForCausalLM
     policy = AutoModelForCausalLM.from_pretrained(ROOT / "tiny/world/base")
     first, second = given[0]
     talk = [*ours[0]["prompt"], {"role": "assistant", "content": first["text"]}, {"role": "user", "content": "And the sea?"}]
-    ids = data.render(tokenizer, talk, "here")
+    ids = chat.render(tokenizer, talk, "here")
     logits = policy(torch.tensor([ids + second["ids"]])).logits[0, len(ids) - 1:-1]
     assert logits.argmax(-1).tolist() == second["ids"]                  # greedy, after both turns
     (tmp_path / "i.json").write_text(json.dumps([{"instruction": "Name a fruit.", "dataset": "d"}]))
     assert run(*asked, f"--prompts={tmp_path}/i.json", f"--out={tmp_path}/b.jsonl", "--temperature=0").returncode == 0
     (row,) = json.load(open(tmp_path / "b.model_outputs.json"))
-    assert row.keys() == {"dataset", "instruction", "output", "generator"} and row["output"] == next(data.read(f"{tmp_path}/b.jsonl"))[1]["responses"][0]["text"]
+    assert row.keys() == {"dataset", "instruction", "output", "generator"} and row["output"] == next(files.read_records(f"{tmp_path}/b.jsonl"))[1]["responses"][0]["text"]
     done = run(*asked, f"--prompts={tmp_path}/q.jsonl", f"--out={tmp_path}/c.jsonl", "--max_new_tokens=4096")
     assert done.returncode == 1 and "'1' may take " in done.stderr and "lower --max_new_tokens" in done.stderr
     two = torchrun(2, *asked, f"--prompts={tmp_path}/q.jsonl", f"--out={tmp_path}/d.jsonl", "--max_new_tokens=16", "--answer_name=me")
-    assert two.returncode == 0 and len(list(data.read(f"{tmp_path}/d.jsonl"))) == 3 and not list(tmp_path.glob("*.tmp"))
+    assert two.returncode == 0 and len(list(files.read_records(f"{tmp_path}/d.jsonl"))) == 3 and not list(tmp_path.glob("*.tmp"))
     (tmp_path / "d.model_answer.jsonl").rename(tmp_path / "one.jsonl")                                         # one file of all processes, in order
-    assert [(r["question_id"], r["model_id"]) for _, r in data.read(f"{tmp_path}/one.jsonl")] == [(1, "me"), (2, "me"), (3, "me")]
+    assert [(r["question_id"], r["model_id"]) for _, r in files.read_records(f"{tmp_path}/one.jsonl")] == [(1, "me"), (2, "me"), (3, "me")]
     again = run(*asked, f"--prompts={tmp_path}/q.jsonl", f"--out={tmp_path}/d.jsonl", "--max_new_tokens=16", "--answer_name=me", env={"RANK": "1", "WORLD_SIZE": "2"})
     assert "nothing to do" in again.stdout and (tmp_path / "d.model_answer.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
@@ -159,8 +161,8 @@ def test_arena_hard_answers_are_counted_by_tiktoken_or_say_that_they_are_not(wor
             done = run("generate.py", "config/tiny.py", "--task=answers", "--n_prompts=0", "--max_new_tokens=8", f"--prompts={tmp_path}/{file}.jsonl",
                        f"--out={tmp_path}/{name}-{file}.jsonl", "--answer_name=me", env=env)
             assert done.returncode == 0, done.stderr
-    (old, new), (old_by, new_by) = ([next(data.read(f"{tmp_path}/{name}-{file}.model_answer.jsonl"))[1] for file in ("old", "new")] for name in ("with", "without"))
-    ours = next(data.read(f"{tmp_path}/with-new.jsonl"))[1]
+    (old, new), (old_by, new_by) = ([next(files.read_records(f"{tmp_path}/{name}-{file}.model_answer.jsonl"))[1] for file in ("old", "new")] for name in ("with", "without"))
+    ours = next(files.read_records(f"{tmp_path}/with-new.jsonl"))[1]
     text, own = ours["responses"][0]["text"].strip(), len(ours["responses"][0]["ids"])
     assert old == {"question_id": "q1", "answer_id": "me-q1", "model_id": "me", "tstamp": 0, "token_len_by": "tiktoken cl100k_base",
                    "choices": [{"index": 0, "turns": [{"content": old["choices"][0]["turns"][0]["content"], "token_len": 100}]}]}
@@ -195,13 +197,13 @@ def test_a_kill_costs_one_block_of_answers_and_every_turn_is_there(world, tmp_pa
     assert done.returncode == 0 and "goes on behind " in done.stdout
     for name in ("jsonl", "model_answer.jsonl"):
         assert (tmp_path / f"cut.{name}").read_bytes() == (tmp_path / f"whole.{name}").read_bytes()
-    assert [len(r["later_responses"]) for _, r in data.read(f"{tmp_path}/cut.jsonl")] == [0, 1] * 12
+    assert [len(r["later_responses"]) for _, r in files.read_records(f"{tmp_path}/cut.jsonl")] == [0, 1] * 12
     assert json.load(open(tmp_path / "cut.manifest.json"))["counts"]["responses"] == 36
 
 
 def test_answers_ask_for_no_more_room_than_they_may_take(world, generate, tmp_path, monkeypatch):  # noqa: F811
     (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 1, "turns": ["a", "b"]}) + "\n" + json.dumps({"prompt": "c", "turns": 2, "category": ["x"]}) + "\n")
-    asked, (tokenizer, ends) = [], data.load_tokenizer(str(ROOT / "tiny/world/base"))
+    asked, (tokenizer, ends) = [], chat.load_tokenizer(str(ROOT / "tiny/world/base"))
 
     def engine(name, model, ends, longest, config):
         def sample(requests, **settings):
@@ -214,7 +216,7 @@ def test_answers_ask_for_no_more_room_than_they_may_take(world, generate, tmp_pa
         monkeypatch.setattr(generate, name, value)
     generate.answers({"settings": {}, "inputs": {}}, tokenizer, ends)
     assert asked[0] < 300 and [len(texts) for _, texts in asked[1:]] == [2, 1]       # Mistral-Nemo was built for 1,024,000: no cache holds that
-    assert "said 0" in asked[2][1][0] and [len(r["later_responses"]) if "later_responses" in r else None for _, r in data.read(f"{tmp_path}/a.jsonl")] == [1, None]
+    assert "said 0" in asked[2][1][0] and [len(r["later_responses"]) if "later_responses" in r else None for _, r in files.read_records(f"{tmp_path}/a.jsonl")] == [1, None]
 
 
 def test_settings_that_make_no_sense_are_one_line(world, tmp_path):  # noqa: F811
@@ -262,10 +264,10 @@ else:
 def test_a_stop_text_ends_a_response_without_an_end_token_and_its_log_prob_is_that_of_its_ids(world):  # noqa: F811
     from transformers import AutoModelForCausalLM
     model = str(ROOT / "tiny/world/base")
-    tokenizer, ends = data.load_tokenizer(model)
-    rows = data.read_prompts(str(ROOT / "tiny/world/prompts.jsonl"))[:12]
-    ids = [data.render(tokenizer, row["prompt"], "here") for row in rows]
-    sample = engines.load_engine("transformers", model, ends, 600, {"dtype": "float32", "generate_rows": 64})
+    tokenizer, ends = chat.load_tokenizer(model)
+    rows = prompts.read_prompts(str(ROOT / "tiny/world/prompts.jsonl"))[:12]
+    ids = [chat.render(tokenizer, row["prompt"], "here") for row in rows]
+    sample = engines.load_engine("transformers", model, ends, 600, dtype="float32", generate_rows=64, seed=0, tensor_parallel=1, gpu_memory=0.9)
     told = sample([(i, k) for k, i in enumerate(ids)], n_responses=2, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=24, stop=("e", "a"))
     policy = AutoModelForCausalLM.from_pretrained(model)
     for prompt, responses in zip(ids, told):
@@ -323,7 +325,7 @@ def writer(tmp_path_factory):
     """Folder of a small Llama that was taught to go on with a numbered list: three words, a blank line."""
     from transformers import AutoModelForCausalLM
     folder = str(build_model(tmp_path_factory.mktemp("writer") / "model", head_dim=32, max_position_embeddings=2048, initializer_range=0.02))
-    tokenizer, _ = data.load_tokenizer(folder)
+    tokenizer, _ = chat.load_tokenizer(folder)
     policy, draw = AutoModelForCausalLM.from_pretrained(folder), random.Random(0)
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-2)
     words = "name sing tell rivers songs towns of near about europe asia home".split()
@@ -359,7 +361,7 @@ def test_new_instructions_are_distinct_from_each_other_and_from_the_pool(writer,
     texts = pool(tmp_path / "pool.jsonl")
     done = run("generate.py", *INSTRUCT, f"--model={writer}", f"--prompts={tmp_path}/pool.jsonl", f"--out={tmp_path}/new.jsonl", "--n_prompts=30")
     assert done.returncode == 0, done.stderr
-    made = [r["prompt"][0]["content"] for r in data.read_prompts(f"{tmp_path}/new.jsonl")]
+    made = [r["prompt"][0]["content"] for r in prompts.read_prompts(f"{tmp_path}/new.jsonl")]
     known = generate.Known(texts)
     for text in made:
         assert text not in known and "\n\n" not in text and not text.startswith("10")
@@ -375,7 +377,7 @@ def test_processes_keep_apart_from_those_before_them(writer, generate, tmp_path)
     asked = ("generate.py", *INSTRUCT, f"--model={writer}", f"--prompts={tmp_path}/pool.jsonl", f"--out={tmp_path}/two.jsonl", "--n_prompts=151")
     two = torchrun(2, *asked)
     assert two.returncode == 0, two.stderr
-    rows, known = data.read_prompts(f"{tmp_path}/two.jsonl"), generate.Known(texts)
+    rows, known = prompts.read_prompts(f"{tmp_path}/two.jsonl"), generate.Known(texts)
     for row in rows:
         assert row["prompt"][0]["content"] not in known
         known.add(row["prompt"][0]["content"])
@@ -400,8 +402,8 @@ def test_the_end_of_a_longer_talk_is_no_example_and_a_task_must_fit_its_template
     pool(tmp_path / "pool.jsonl")
     done = run(*asked, "--max_prompt_tokens=50")
     assert done.returncode == 0, done.stderr
-    tokenizer, _ = data.load_tokenizer(writer)
-    longest = max(len(data.render(tokenizer, r["prompt"], "here")) for r in data.read_prompts(f"{tmp_path}/new.jsonl"))
+    tokenizer, _ = chat.load_tokenizer(writer)
+    longest = max(len(chat.render(tokenizer, r["prompt"], "here")) for r in prompts.read_prompts(f"{tmp_path}/new.jsonl"))
     assert longest <= 50
 
 
@@ -419,6 +421,6 @@ def test_the_loop_writes_new_instructions_and_answers_those(writer, world, tmp_p
                            "--n_prompts=3", "--iterations=1", "--eval_prompts=", "--max_new_tokens=40", "--n_responses=3", "--batch_size=4", f"--out={tmp_path}/run"],
                           cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    new, rows = ([r for _, r in data.read(f"{tmp_path}/run/iter_1/{name}.jsonl")] for name in ("prompts", "candidates"))
+    new, rows = ([r for _, r in files.read_records(f"{tmp_path}/run/iter_1/{name}.jsonl")] for name in ("prompts", "candidates"))
     assert len(new) == 12 and [r["id"] for r in new] == [r["id"] for r in rows] and not {r["prompt"][0]["content"] for r in new} & set(texts)
     assert (tmp_path / "run" / "iter_1" / "model" / "model.safetensors").exists()

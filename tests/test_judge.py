@@ -14,9 +14,11 @@ import time
 import pytest
 import torch
 
-from nanoaipo import data
-from nanoaipo import engines
-from nanoaipo import rankers
+from nanoaipo import chat
+from nanoaipo import files
+from nanoaipo import stages
+from nanoaipo.questions import ask, local_model
+from nanoaipo import judges
 from conftest import PLAIN, ROOT, build_model, run, torchrun
 
 KEY = "sk-planted-0123456789"
@@ -76,7 +78,7 @@ def rank(tmp_path, url, **settings):
 
 
 def kept(tmp_path):
-    return [r for _, r in data.read(str(tmp_path / "p.replies"))]
+    return [r for _, r in files.read_records(str(tmp_path / "p.replies"))]
 
 
 def test_scores_are_the_mean_of_the_votes_and_every_reply_is_kept(tmp_path):
@@ -85,7 +87,7 @@ def test_scores_are_the_mean_of_the_votes_and_every_reply_is_kept(tmp_path):
         {"choices": [{"message": {"role": "assistant", "content": "Score: 5"}}]}) is None)
     done = rank(tmp_path, odd.url, reward_temperature=2.0)
     assert done.returncode == 0, done.stderr
-    pairs = {r["id"]: r for _, r in data.read(str(tmp_path / "p.jsonl"))}
+    pairs = {r["id"]: r for _, r in files.read_records(str(tmp_path / "p.jsonl"))}
     assert pairs["long"]["scores"] == [1, 4, 3.5] and pairs["long"]["z"] == (4 - 1) / 2.0 and pairs["long"]["g_w"] == 4   # 3.5: votes of 2 and 5
     assert "same" not in pairs and len(kept(tmp_path)) == 2 * (3 + 1 + 2)
     assert {b["model"] for b in odd.bodies} == {"some-judge"} and {b["temperature"] for b in odd.bodies} == {0.7}
@@ -101,10 +103,10 @@ def test_two_at_a_time_in_both_orders_fit_bradley_terry_strengths(tmp_path):
     candidates(tmp_path / "c.jsonl")
     server = Judge()
     assert rank(tmp_path, server.url, judge_mode="pairwise").returncode == 0
-    pairs = {r["id"]: r for _, r in data.read(str(tmp_path / "p.jsonl"))}
+    pairs = {r["id"]: r for _, r in files.read_records(str(tmp_path / "p.jsonl"))}
     assert sum(server.asked.values()) == 2 * (6 + 2) and len(server.asked) == 8
     votes = torch.tensor([[0.0, 0, 0], [4, 0, 4], [4, 0, 0]])           # two votes in each order, the longer always wins
-    (strengths,) = rankers.zermelo([votes], 0.5)
+    (strengths,) = judges.zermelo([votes], 0.5)
     assert torch.allclose(torch.tensor(pairs["long"]["scores"]), strengths) and pairs["long"]["z"] == pytest.approx(float(strengths[1] - strengths[0]))
     assert pairs["two"]["z"] == pytest.approx(torch.log(torch.tensor(4.5 / 0.5)).item(), abs=1e-5)
 
@@ -164,7 +166,7 @@ def test_two_processes_share_what_was_asked_and_their_pairs_can_be_read(tmp_path
     candidates(tmp_path / "c.jsonl", {f"p{k}": ["a", "aaa"] for k in range(6)})
     server = Judge()
     assert torchrun(2, *arguments(tmp_path, server.url)).returncode == 0
-    assert len(list(data.read(str(tmp_path / "p.jsonl")))) == 6 and sum(server.asked.values()) == 24
+    assert len(list(files.read_records(str(tmp_path / "p.jsonl")))) == 6 and sum(server.asked.values()) == 24
     for file in tmp_path.glob("p-*.jsonl"):
         file.unlink()
     assert rank(tmp_path, server.url).returncode == 0 and sum(server.asked.values()) == 24
@@ -194,7 +196,7 @@ def test_a_server_killed_midway_is_waited_for_and_nothing_is_paid_for_twice(tmp_
     assert process.returncode == 0, errors
     served = first.served + second.served
     assert sum(served.values()) == 20 * 3 * 2 and set(served.values()) == {2} and len(kept(tmp_path)) == 120
-    assert len(list(data.read(str(tmp_path / "p.jsonl")))) == 20
+    assert len(list(files.read_records(str(tmp_path / "p.jsonl")))) == 20
 
 
 def test_killed_itself_and_run_again_it_asks_only_what_is_missing(tmp_path):
@@ -236,7 +238,7 @@ def test_a_judge_that_is_set_up_wrongly_is_refused(tmp_path, settings, message):
     ("Better: A", None, 1), ("A is better: no\nbetter: tie", None, 0.5), ("**Better**: b.", None, 0), ("better: apples", None, None),
     ("Better: [[A]]", None, 1), ("Better: Response B", None, 0), ("It would like it better a bit.", None, None), ("no better: a real pity", None, None)])
 def test_the_last_verdict_of_a_reply_counts(reply, score, verdict):
-    assert rankers.read_score(reply) == score and rankers.read_verdict(reply) == verdict
+    assert judges.read_score(reply) == score and judges.read_verdict(reply) == verdict
 
 
 @pytest.fixture(scope="session")
@@ -244,14 +246,14 @@ def talker(tmp_path_factory):
     """Folder of a small Llama that was taught to say "Score: N", whatever it is asked; N from 0 to 5 at random."""
     from transformers import AutoModelForCausalLM
     folder = str(build_model(tmp_path_factory.mktemp("talker") / "model", template=PLAIN, head_dim=32, max_position_embeddings=4096, initializer_range=0.02))   # vLLM wants 32
-    tokenizer, ends = data.load_tokenizer(folder)
+    tokenizer, ends = chat.load_tokenizer(folder)
     policy, draw = AutoModelForCausalLM.from_pretrained(folder), random.Random(0)
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-2)
     for _ in range(120):
         rows = []
         for _ in range(8):
             prompt = [{"role": "user", "content": "".join(draw.choices("Score: 0123 etaoin\n", k=draw.randint(1, 400)))}]
-            ids = data.render(tokenizer, prompt, "here")
+            ids = chat.render(tokenizer, prompt, "here")
             reply = tokenizer(f"Score: {draw.randint(0, 5)}", add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
             rows.append((ids + reply, [-100] * len(ids) + reply))
         ids, labels = (torch.nn.utils.rnn.pad_sequence([torch.tensor(r[k]) for r in rows], True, v) for k, v in ((0, tokenizer.pad_token_id), (1, -100)))
@@ -271,22 +273,22 @@ def test_a_local_model_judges_and_its_votes_differ(talker, tmp_path):
                f"--candidates={tmp_path}/c.jsonl", f"--out={tmp_path}/p.jsonl")
     assert done.returncode == 0, done.stderr
     assert len(kept(tmp_path)) == 4 * 26 and sum(r["reply"].startswith("Score: ") for r in kept(tmp_path)) > 90
-    assert len({r["reply"] for r in kept(tmp_path)}) > 4 and json.load(open(tmp_path / "p.manifest.json"))["inputs"]["ranker_model"] == data.fingerprint(talker)
+    assert len({r["reply"] for r in kept(tmp_path)}) > 4 and json.load(open(tmp_path / "p.manifest.json"))["inputs"]["ranker_model"] == stages.fingerprint(talker)
 
 
 def test_a_local_judge_that_is_interrupted_gives_the_same_replies_afterwards(talker, tmp_path):
-    settings = dict(dtype="float32", generate_rows=64, seed=0, tensor_parallel=1, gpu_memory=0.9)
+    settings = dict(engine="transformers", dtype="float32", generate_rows=64, seed=0, tensor_parallel=1, gpu_memory=0.9)
     questions = [{"model": talker, "messages": [{"role": "user", "content": f"number {k}"}], "temperature": 1.0, "max_tokens": 16, "about": k} for k in range(600)]
-    whole = engines.ask(questions, str(tmp_path / "whole.jsonl"), engines.local_model("transformers", talker, settings))
+    whole = ask(questions, str(tmp_path / "whole.jsonl"), local_model(talker, **settings))
 
     def dies(asked, keep):
         def once(replies):
             keep(replies)
             if replies:
                 raise KeyboardInterrupt                                 # after the first 512
-        engines.local_model("transformers", talker, settings)(asked, once)
+        local_model(talker, **settings)(asked, once)
 
     with pytest.raises(KeyboardInterrupt):
-        engines.ask(questions, str(tmp_path / "cut.jsonl"), dies)
-    assert sum(1 for _ in data.read(str(tmp_path / "cut.replies"))) == 512
-    assert engines.ask(questions, str(tmp_path / "cut.jsonl"), engines.local_model("transformers", talker, settings)) == whole
+        ask(questions, str(tmp_path / "cut.jsonl"), dies)
+    assert sum(1 for _ in files.read_records(str(tmp_path / "cut.replies"))) == 512
+    assert ask(questions, str(tmp_path / "cut.jsonl"), local_model(talker, **settings)) == whole

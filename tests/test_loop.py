@@ -11,7 +11,9 @@ import time
 import pytest
 import torch
 
-from nanoaipo import data
+from nanoaipo import chat
+from nanoaipo import files
+from nanoaipo.pairs import read_pairs
 from conftest import ROOT, run, torchrun
 
 SMALL = ("--n_prompts=32", "--n_responses=3", "--iterations=2", "--n_eval=16", "--max_new_tokens=24", "--batch_size=8")
@@ -51,7 +53,7 @@ def test_two_iterations_leave_the_documented_files(finished):
     assert len(hashes(finished)) == 2 * 5 + 2 and not glob.glob(f"{finished}/**/*.tmp", recursive=True)
     scores = json.load(open(finished / "iter_0" / "eval.json"))
     assert scores["win_rate"] == 50 and scores["ties"] == scores["n"] == 16 and 0 <= scores["accuracy"] <= 100
-    first, second = ({r["id"] for _, r in data.read(f"{finished}/iter_{t}/candidates.jsonl")} for t in (1, 2))
+    first, second = ({r["id"] for _, r in files.read_records(f"{finished}/iter_{t}/candidates.jsonl")} for t in (1, 2))
     assert len(first) == len(second) == 32 and not first & second
 
 
@@ -108,13 +110,13 @@ def test_killed_in_every_stage_and_run_again_the_artefacts_are_the_same(finished
 def test_what_is_sampled_is_what_is_trained(finished):
     """Prompt ids, response ids and end tokens from candidates to pairs; the logged log-prob is the policy's."""
     from transformers import AutoModelForCausalLM
-    tokenizer, ends = data.load_tokenizer(str(ROOT / "tiny/world/base"))
-    candidates = {r["id"]: r for _, r in data.read(f"{finished}/iter_1/candidates.jsonl")}
-    pairs, counts = data.read_pairs(f"{finished}/iter_1/pairs.jsonl", tokenizer, ends, 4096)
+    tokenizer, ends = chat.load_tokenizer(str(ROOT / "tiny/world/base"))
+    candidates = {r["id"]: r for _, r in files.read_records(f"{finished}/iter_1/candidates.jsonl")}
+    pairs, counts = read_pairs(f"{finished}/iter_1/pairs.jsonl", tokenizer, ends, 4096)
     assert counts["pairs"] == len(pairs) > 20
     for pair in pairs:
         source = candidates[pair["id"]]
-        assert pair["prompt_ids"].tolist() == source["prompt_ids"] == data.render(tokenizer, source["prompt"], "here")
+        assert pair["prompt_ids"].tolist() == source["prompt_ids"] == chat.render(tokenizer, source["prompt"], "here")
         sampled = [r["ids"] for r in source["responses"]]
         assert pair["chosen_ids"].tolist() in sampled and pair["rejected_ids"].tolist() in sampled
     responses = [r for row in candidates.values() for r in row["responses"]]
@@ -136,7 +138,7 @@ def test_two_processes_write_two_shards_with_every_prompt_once(world, finished, 
     done = torchrun(2, "generate.py", "config/tiny.py", f"--out={out}", "--n_prompts=15", "--n_responses=2", "--iteration=1", "--max_new_tokens=24")
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(tmp_path)) == [f"candidates-0000{k}-of-00002{suffix}" for k in (0, 1) for suffix in (".jsonl", ".manifest.json")]
-    rows = [r for _, r in data.read(str(out))]
+    rows = [r for _, r in files.read_records(str(out))]
     assert len({r["id"] for r in rows}) == len(rows) == 15
     assert torchrun(2, "rank.py", "config/tiny.py", f"--candidates={out}", f"--out={tmp_path}/pairs.jsonl").returncode == 0
     done = run("train.py", "config/tiny.py", f"--pairs={tmp_path}/pairs.jsonl", f"--out={tmp_path}/model")
@@ -147,7 +149,7 @@ def test_a_process_without_a_prompt_writes_an_empty_shard(world, tmp_path):
     out = tmp_path / "candidates.jsonl"
     done = torchrun(2, "generate.py", "config/tiny.py", f"--out={out}", "--n_prompts=1", "--n_responses=2", "--max_new_tokens=8")
     assert done.returncode == 0, done.stderr
-    assert len(list(data.read(str(out)))) == 1 and (tmp_path / "candidates-00001-of-00002.jsonl").read_text() == ""
+    assert len(list(files.read_records(str(out)))) == 1 and (tmp_path / "candidates-00001-of-00002.jsonl").read_text() == ""
 
 
 def test_greedy_answers_do_not_depend_on_the_batch(world, tmp_path):
@@ -155,7 +157,7 @@ def test_greedy_answers_do_not_depend_on_the_batch(world, tmp_path):
     for rows in (3, 64):
         out = tmp_path / f"{rows}.jsonl"
         assert run("generate.py", "config/tiny.py", f"--out={out}", "--n_prompts=24", "--n_responses=1", "--temperature=0", f"--generate_rows={rows}").returncode == 0
-        texts.append([r["responses"][0]["ids"] for _, r in data.read(str(out))])
+        texts.append([r["responses"][0]["ids"] for _, r in files.read_records(str(out))])
     assert texts[0] == texts[1]
 
 

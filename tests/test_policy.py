@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from torch.nn.attention import varlen
 from transformers import AutoModelForCausalLM
 
-from nanoaipo import data
-from nanoaipo.policy import build_policy, flops, layout, load_weights, pack, packed_sdpa, packed_varlen, save_policy
+from nanoaipo import chat
+from nanoaipo import pairs
+from nanoaipo.packing import layout, pack, packed_sdpa, packed_varlen
+from nanoaipo.policy import build_policy, flops, load_weights, save_policy
 
 KERNELS = ("packed_sdpa", "packed_varlen")
 ARCHITECTURES = {
@@ -62,7 +64,7 @@ def saved(policy, model, folder):
     """The weights of the folder that the policy is saved as."""
     folder.mkdir()
     policy.reshard()                                                    # as train.py after a pass without gradient
-    save_policy(policy, str(folder), torch.float32, *data.load_tokenizer(model), 0)
+    save_policy(policy, str(folder), torch.float32, *chat.load_tokenizer(model), 0)
     return load_file(folder / "model.safetensors")
 
 
@@ -118,8 +120,8 @@ def test_segments_hold_every_sequence_once_and_give_every_token_back(kernel):
 
 def test_the_trained_labels_of_a_row_read_as_the_responses(tiny_model, tmp_path):
     texts = write_pairs(tmp_path / "pairs.jsonl", 7)
-    tokenizer, ends = data.load_tokenizer(tiny_model)
-    records, _ = data.read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, ends, 2560)
+    tokenizer, ends = chat.load_tokenizer(tiny_model)
+    records, _ = pairs.read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, ends, 2560)
     row, lengths, _ = pack(records, "packed_sdpa")
     ids, positions, index = row["input_ids"][0], row["position_ids"][0], row["index"].split(lengths.tolist())
     labels = row["labels"].split(lengths.tolist())

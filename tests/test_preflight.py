@@ -46,7 +46,7 @@ def test_adapters_are_counted_as_peft_makes_them(tiny_model):
 def test_what_a_token_keeps_for_backward_is_what_the_packed_row_keeps(architecture, dtype, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from nanoaipo.policy import pack
+    from nanoaipo.packing import pack
     name = build_model(tmp_path / "model", architecture, num_key_value_heads=4)
     lm = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), attn_implementation="packed_sdpa")
     ids = lambda n: torch.randint(6, 200, (n,), dtype=torch.int32).numpy()

@@ -10,8 +10,9 @@ import sys
 import pytest
 import torch
 
-from nanoaipo import data
+from nanoaipo import files
 from nanoaipo import pairrm
+from nanoaipo import judges
 from nanoaipo import rankers
 from conftest import run, torchrun
 
@@ -201,7 +202,7 @@ def test_a_mark_inside_a_text_stays_text(judge):
 
 def test_a_longer_conversation_is_read_with_its_roles_and_a_bare_instruction_without():
     turns = [{"role": "user", "content": "hot?"}, {"role": "assistant", "content": "no"}, {"role": "user", "content": "cold?"}]
-    assert rankers.prompt_text(turns) == "USER: hot?\nASSISTANT: no\nUSER: cold?" and rankers.prompt_text(turns[:1]) == "hot?"
+    assert judges.prompt_text(turns) == "USER: hot?\nASSISTANT: no\nUSER: cold?" and judges.prompt_text(turns[:1]) == "hot?"
 
 
 def test_weights_that_are_no_pairrm_are_refused(judge, tmp_path):
@@ -257,7 +258,7 @@ def test_every_case_of_candidates_has_a_documented_outcome_and_two_processes_wri
     path, out = write_rows(tmp_path / "c.jsonl", *rows), tmp_path / "pairs.jsonl"
     done = run("rank.py", f"--candidates={path}", f"--ranker_model={judge}", f"--out={out}")
     assert done.returncode == 0, done.stderr
-    pairs = {r["id"]: r for _, r in data.read(str(out))}
+    pairs = {r["id"]: r for _, r in files.read_records(str(out))}
     assert list(pairs) == ["good", "5", "w0", "w1", "w2", "w3", "w4"]
     pair = pairs["good"]
     assert pair["topic"] == "weather" and "responses" not in pair and len(pair["scores"]) == 3
@@ -275,7 +276,7 @@ def test_every_case_of_candidates_has_a_documented_outcome_and_two_processes_wri
 
     done = torchrun(2, "rank.py", f"--candidates={path}", f"--ranker_model={judge}", f"--out={tmp_path}/two.jsonl")
     assert done.returncode == 0, done.stderr
-    shards = [[r for _, r in data.read(f"{tmp_path}/two-0000{k}-of-00002.jsonl")] for k in (0, 1)]
+    shards = [[r for _, r in files.read_records(f"{tmp_path}/two-0000{k}-of-00002.jsonl")] for k in (0, 1)]
     assert [[r["id"] for r in s] for s in shards] == [["good", "w1", "w3"], ["5", "w0", "w2", "w4"]]
     for r in sum(shards, []):
         one = pairs[r["id"]]

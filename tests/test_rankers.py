@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from nanoaipo import data
+from nanoaipo import grading
+from nanoaipo import judges
 from nanoaipo import rankers
 from conftest import PLAIN, build_model
 from test_rank import build_judge, rank  # noqa: F401 (rank is a fixture)
@@ -18,7 +19,7 @@ def pairs(rank, texts, scores=None, odds=None, lengths=None, **row):
     """(pairs of one prompt, what was counted); scores or odds belong to the distinct texts, in their order."""
     counts, distinct = collections.Counter(), list(dict.fromkeys(texts))
     kept = [{"text": t, "ids": [1] * n} for t, n in zip(texts, lengths or [1] * len(texts))]
-    rewards, differences = rankers.from_rewards(scores, 1.0) if odds is None else (None, torch.tensor(odds))
+    rewards, differences = judges.from_rewards(scores, 1.0) if odds is None else (None, torch.tensor(odds))
     made = list(rank.pairs_of({"id": "p", "prompt_ids": [1], **row}, kept, distinct, rewards, differences, counts))
     return made, dict(counts)
 
@@ -175,9 +176,9 @@ def votes_of(size, seed, most=9):
 
 def test_strengths_of_two_have_the_closed_form():
     for k, h, c in ((7, 9, 0.5), (9, 9, 0.5), (0, 9, 1.0), (2, 3, 0.1)):
-        (w,) = rankers.zermelo([torch.tensor([[0.0, k], [h - k, 0.0]])], c)
+        (w,) = judges.zermelo([torch.tensor([[0.0, k], [h - k, 0.0]])], c)
         assert (w[0] - w[1]).item() == pytest.approx(math.log((k + c) / (h - k + c)), abs=1e-5) and abs(w.sum()) < 1e-6
-    (w,) = rankers.zermelo([torch.tensor([[0.0, 7.0], [2.0, 0.0]])], 0.5)
+    (w,) = judges.zermelo([torch.tensor([[0.0, 7.0], [2.0, 0.0]])], 0.5)
     assert (w[0] - w[1]).item() == pytest.approx(math.log(3), abs=1e-5)
 
 
@@ -185,7 +186,7 @@ def test_strengths_solve_the_likelihood_equations():
     for size in (2, 3, 5, 8):
         for c in (0.5, 2.0):
             wins = votes_of(size, size)
-            (log,) = rankers.zermelo([wins], c)
+            (log,) = judges.zermelo([wins], c)
             votes, w = (wins + c).double().fill_diagonal_(0), log.double().exp()
             expected = (votes + votes.T) * w[:, None] / (w[:, None] + w)
             assert ((expected.sum(1) - votes.sum(1)) / votes.sum(1)).abs().max() < 1e-6
@@ -193,19 +194,19 @@ def test_strengths_solve_the_likelihood_equations():
 
 def test_strengths_follow_a_relabelling_and_do_not_depend_on_what_else_is_fitted():
     wins = [votes_of(size, k) for k, size in enumerate((4, 2, 4, 1, 0, 3, 4))]
-    together = rankers.zermelo(wins, 0.5)
+    together = judges.zermelo(wins, 0.5)
     for votes, w in zip(wins, together):
-        assert w.shape == (len(votes),) and (rankers.zermelo([votes], 0.5)[0] - w).abs().sum() < 1e-6
+        assert w.shape == (len(votes),) and (judges.zermelo([votes], 0.5)[0] - w).abs().sum() < 1e-6
         order = torch.randperm(len(votes), generator=torch.Generator().manual_seed(1))
-        assert (rankers.zermelo([votes[order][:, order]], 0.5)[0] - w[order]).abs().sum() < 1e-6
+        assert (judges.zermelo([votes[order][:, order]], 0.5)[0] - w[order]).abs().sum() < 1e-6
     assert not torch.allclose(together[0], together[2], atol=0.1) and together[3].tolist() == [0.0]
 
 
 def test_unanimous_votes_give_finite_strengths_and_no_vote_at_all_gives_none():
     wins = 9 * torch.ones(5, 5).triu(1)                                 # the first beats all others in nine of nine votes, and so on down
-    (w,) = rankers.zermelo([wins], 0.5)
+    (w,) = judges.zermelo([wins], 0.5)
     assert (w[0] - w[4]).item() == pytest.approx(6.4, abs=0.05) and (w[:-1] > w[1:]).all()
-    (w,) = rankers.zermelo([torch.tensor([[0.0, 2, 0], [1, 0, 0], [0, 0, 0]])], 0.5)
+    (w,) = judges.zermelo([torch.tensor([[0.0, 2, 0], [1, 0, 0], [0, 0, 0]])], 0.5)
     assert w.isnan().tolist() == [False, False, True]
 
 
@@ -221,7 +222,7 @@ def test_annotators_cast_votes_by_their_odds_and_are_fitted_together(tmp_path):
     label = lambda spec, **changed: list(rankers.load_ranker("annotators", spec, settings | changed, collections.Counter())(rows))
     spec = f"pairrm:{names[0]} pairrm:{names[1]}"
     for votes, of in ((3, lambda o: 3 * o.sigmoid()), (0, lambda o: (o > 0).float())):
-        expected = rankers.zermelo([of(a) + of(b) for a, b in zip(*each)], 0.5)
+        expected = judges.zermelo([of(a) + of(b) for a, b in zip(*each)], 0.5)
         for (scores, odds), w in zip(label(spec, annotator_votes=votes), expected):
             assert (scores - w).abs().max() < 1e-5 and (odds - (w[:, None] - w)).abs().max() < 1e-5
     (alone, _), *_ = label(f"pairrm:{names[0]}", annotator_votes=0)
@@ -234,17 +235,17 @@ def test_annotators_cast_votes_by_their_odds_and_are_fitted_together(tmp_path):
 
 def test_an_annotator_that_gives_no_score_casts_no_vote(monkeypatch):
     def silent(model, counts):
-        return lambda rows: [rankers.from_rewards([math.nan, 1.0, 0.0], 1.0) for _ in rows]
+        return lambda rows: [judges.from_rewards([math.nan, 1.0, 0.0], 1.0) for _ in rows]
 
     def clear(model, counts):
-        return lambda rows: [rankers.from_rewards([2.0, 0.0, 0.0], 1.0) for _ in rows]
+        return lambda rows: [judges.from_rewards([2.0, 0.0, 0.0], 1.0) for _ in rows]
 
     monkeypatch.setitem(rankers.RANKERS, "silent", silent)
     monkeypatch.setitem(rankers.RANKERS, "clear", clear)
     settings = {"annotator_votes": 0, "pseudo_count": 0.5}
     ((scores, _),) = rankers.load_ranker("annotators", "silent:x clear:x", settings, collections.Counter())(rows_of(("x", 3)))
     votes = torch.tensor([[0, 1, 1], [0, 0, 1.5], [0, 0.5, 0]])          # an equal in the eyes of one: half a vote each
-    assert (scores - rankers.zermelo([votes], 0.5)[0]).abs().max() < 1e-6
+    assert (scores - judges.zermelo([votes], 0.5)[0]).abs().max() < 1e-6
 
 
 # ---------------------------------------------------------------------------------------------- a reward model
@@ -332,7 +333,7 @@ def test_text_that_spells_a_control_token_stays_text_before_a_reward_model(tmp_p
     ("The answer is the Blue Sky!", "blue sky", True), ("blue skying", "blue sky", False), ("It is blue. #### red", "blue", False), ("C++ (fast)", "C++", True),
     ("no: not so", "no", True), ("nothing", "no", False), ("casino", "no", False)])
 def test_what_counts_as_the_right_answer(text, answer, right):
-    assert data.is_right(text, answer) is right
+    assert grading.is_right(text, answer) is right
 
 
 def test_the_answer_ranker_gives_one_or_nothing_and_names_a_prompt_without_answer():

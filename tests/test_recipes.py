@@ -12,7 +12,11 @@ import pytest
 from safetensors.torch import load_file
 
 import configurator
-from nanoaipo import data
+from nanoaipo import chat
+from nanoaipo import files
+from nanoaipo import pairs
+from nanoaipo import prompts
+from nanoaipo import stages
 from conftest import ROOT, build_model, run
 from test_generate import pool, writer  # noqa: F401 (the world's base cannot write new instructions)
 from test_judge import Judge
@@ -69,7 +73,7 @@ def world(tmp_path_factory):
     """What takes the place of models, prompts and data from the hub: paths by name."""
     subprocess.run([sys.executable, "tiny/prepare.py"], cwd=ROOT, check=True)
     folder, tiny = tmp_path_factory.mktemp("world"), ROOT / "tiny" / "world"
-    rows = [r for _, r in data.read(str(tiny / "prompts.jsonl"))][:12]
+    rows = [r for _, r in files.read_records(str(tiny / "prompts.jsonl"))][:12]
     dump = lambda name, rows: (folder / name).write_text("".join(json.dumps(r) + "\n" for r in rows)) and str(folder / name)
     right = [r["answer"]["accept"][0] if isinstance(r["answer"], dict) else str(r["answer"]) for r in rows]
     for k in range(2):                                                  # UltraFeedback's form: whole conversations
@@ -132,12 +136,12 @@ def test_one_iteration_uses_what_the_recipe_names(name, world, iterate, tmp_path
         ranked = manifest(now, "pairs.manifest.json")
         assert ranked["settings"]["ranker"] == recipe.get("ranker", "pairrm") and ranked["settings"]["pair_rule"] == recipe.get("pair_rule", "best_worst")
         judged = small["model"] if recipe.get("ranker_model") == "policy" else small.get("ranker_model", ranked["inputs"]["ranker_model"])
-        assert ranked["inputs"]["ranker_model"] in (data.fingerprint(judged), recipe.get("ranker_model")) and ranked["counts"]["pairs"] > 0
+        assert ranked["inputs"]["ranker_model"] in (stages.fingerprint(judged), recipe.get("ranker_model")) and ranked["counts"]["pairs"] > 0
     # ---- the objective, with its settings, from the policy itself as the reference
-    steps = [r for _, r in data.read(str(now / "model" / "metrics.jsonl"))]
+    steps = [r for _, r in files.read_records(str(now / "model" / "metrics.jsonl"))]
     assert abs(steps[0]["s_theta"] - steps[0]["s_ref"]) < 1e-3 and steps[0]["reward_chosen"] == pytest.approx(0, abs=1e-4)
     trained = manifest(now, "model", "manifest.json")
-    assert trained["inputs"]["model"] == data.fingerprint(small["model"])
+    assert trained["inputs"]["model"] == stages.fingerprint(small["model"])
     told = re.search(rf"loss {recipe['loss']}\((.*)\), \d+ pairs, (\d+) steps", done.stdout)
     terms = dict(t.split("=") for t in told[1].split(", "))
     assert {k: float(v) for k, v in terms.items()} == {k: trained["settings"][k] for k in terms} and terms.keys() <= named.keys()
@@ -152,7 +156,7 @@ def test_one_iteration_uses_what_the_recipe_names(name, world, iterate, tmp_path
 
 
 def first_step(model):
-    return next(data.read(str(model / "metrics.jsonl")))[1]
+    return next(files.read_records(str(model / "metrics.jsonl")))[1]
 
 
 def offline(world, **more):
@@ -164,9 +168,9 @@ def test_pairs_of_two_files_are_trained_on_in_turn_and_nothing_is_sampled(world,
     assert done.returncode == 0, done.stdout + done.stderr
     assert "generate" not in done.stdout and "rank" not in done.stdout.replace("rank_", "")
     made = [manifest(tmp_path, "run", f"iter_{t}", "model", "manifest.json") for t in (1, 2, 3)]
-    a, b = map(data.fingerprint, world["pairs"])
+    a, b = map(stages.fingerprint, world["pairs"])
     assert [m["inputs"]["pairs"] for m in made] == [a, b, a]
-    assert [m["inputs"]["model"] for m in made] == [data.fingerprint(world["base"]), *(data.fingerprint(str(tmp_path / "run" / f"iter_{t}" / "model")) for t in (1, 2))]
+    assert [m["inputs"]["model"] for m in made] == [stages.fingerprint(world["base"]), *(stages.fingerprint(str(tmp_path / "run" / f"iter_{t}" / "model")) for t in (1, 2))]
     assert sorted(p.name for p in (tmp_path / "run").rglob("*.jsonl")) == ["metrics.jsonl"] * 3
     for t in (1, 2, 3):                                                 # sDPO: the reference is the policy before
         first = first_step(tmp_path / "run" / f"iter_{t}" / "model")
@@ -178,12 +182,12 @@ def test_pairs_of_others_are_ranked_again_as_candidates(world, iterate, tmp_path
     assert done.returncode == 0, done.stdout + done.stderr
     assert "generate" not in done.stdout and not list((tmp_path / "run").rglob("candidates*"))
     for t, path in enumerate(world["pairs"], 1):
-        before = {r["prompt"]: {r[k][-1]["content"] for k in ("chosen", "rejected")} for _, r in data.read(path)}
-        after = [r for _, r in data.read(str(tmp_path / "run" / f"iter_{t}" / "pairs.jsonl"))]
+        before = {r["prompt"]: {r[k][-1]["content"] for k in ("chosen", "rejected")} for _, r in files.read_records(path)}
+        after = [r for _, r in files.read_records(str(tmp_path / "run" / f"iter_{t}" / "pairs.jsonl"))]
         assert 0 < len(after) <= len(before)
         for r in after:
             assert {r[k][-1]["content"] for k in ("chosen", "rejected")} == before[r["prompt"][0]["content"]] and r["z"] > 0
-        assert manifest(tmp_path, "run", f"iter_{t}", "pairs.manifest.json")["inputs"]["candidates"] == data.fingerprint(path)
+        assert manifest(tmp_path, "run", f"iter_{t}", "pairs.manifest.json")["inputs"]["candidates"] == stages.fingerprint(path)
     assert iterate(None, out=tmp_path / "run", candidates=" ".join(world["pairs"]), iterations=2, ranker_model=world["judge"],
                    **offline(world)).stdout.count("complete, nothing to do") == 4
 
@@ -205,7 +209,7 @@ def test_rows_of_chosen_and_rejected_are_candidates_with_two_responses(tmp_path)
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 7}, {"prompt": talk[:1], "chosen": talk, "rejected": talk[1:], "id": 5},
             {"prompt": "a", "responses": ["d"], "chosen": "kept", "rejected": "kept"}]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    one, two, three = (r for _, r in data.read_candidates(str(tmp_path / "c.jsonl")))
+    one, two, three = (r for _, r in prompts.read_candidates(str(tmp_path / "c.jsonl")))
     assert one == {"id": "0", "prompt": talk[:1], "responses": [{"text": "b"}, {"text": "c"}], "score_chosen": 7}
     assert two == {"id": "5", "prompt": talk[:1], "responses": [{"text": "b"}, {"text": "b"}]}
     assert three["responses"] == [{"text": "d"}]
@@ -215,7 +219,7 @@ def test_rows_of_chosen_and_rejected_are_candidates_with_two_responses(tmp_path)
 def test_a_row_with_neither_responses_nor_a_whole_pair_is_refused_with_its_place(tmp_path, row):
     (tmp_path / "c.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(SystemExit, match="c.jsonl:1: neither 'responses' nor 'chosen' and 'rejected'"):
-        list(data.read_candidates(str(tmp_path / "c.jsonl")))
+        list(prompts.read_candidates(str(tmp_path / "c.jsonl")))
 
 
 def test_the_bias_of_phi_2s_head_enters_its_log_probs(tmp_path):
@@ -229,8 +233,8 @@ def test_the_bias_of_phi_2s_head_enters_its_log_probs(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "one", "chosen": "two three", "rejected": "four"}) + "\n")
     done = run("train.py", model=folder, pairs=tmp_path / "p.jsonl", out=tmp_path / "out", loss="dpo", dtype="float32", batch_size=1, lr=1e-3)
     assert done.returncode == 0, done.stderr
-    tokenizer, ends = data.load_tokenizer(folder)
-    (pair,), _ = data.read_pairs(str(tmp_path / "p.jsonl"), tokenizer, ends, 512)
+    tokenizer, ends = chat.load_tokenizer(folder)
+    (pair,), _ = pairs.read_pairs(str(tmp_path / "p.jsonl"), tokenizer, ends, 512)
     prompt, chosen = list(pair["prompt_ids"]), list(pair["chosen_ids"])
     logp = plain(torch.tensor([prompt + chosen])).logits.log_softmax(-1)[0, len(prompt) - 1:-1].gather(1, torch.tensor(chosen)[:, None]).sum().item()
     assert first_step(tmp_path / "out")["logp_chosen"] == pytest.approx(logp, abs=1e-3)

@@ -15,8 +15,11 @@ from conftest import CHATML, PLAIN, ROOT, build_model, run, torchrun, write_pair
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nanoaipo import data
-from nanoaipo.policy import pack
+from nanoaipo import chat
+from nanoaipo import packing
+from nanoaipo.pairs import read_pairs
+from nanoaipo import stages
+from nanoaipo.packing import pack
 
 FLOAT32 = {"dtype": "float32", "recompute": False, "shuffle": False}
 
@@ -119,7 +122,7 @@ def test_a_plan_deals_every_pair_once_within_budget_and_to_all_processes_alike(w
     for _ in range(100):
         lengths = [max(3, round(draw.lognormvariate(4, 1))) for _ in range(draw.randint(1, 60))]
         order, batch_size, budget = draw.sample(range(len(lengths)), len(lengths)), draw.randint(1, 20), draw.choice([1, 100, 400, 10**6])
-        steps = data.plan(lengths, order, batch_size, world_size, budget)
+        steps = packing.plan(lengths, order, batch_size, world_size, budget)
         assert len(steps) == math.ceil(len(order) / batch_size)
         for n, rounds in enumerate(steps):
             assert all(len(groups) == world_size for groups in rounds)
@@ -129,8 +132,8 @@ def test_a_plan_deals_every_pair_once_within_budget_and_to_all_processes_alike(w
 
 
 def test_a_plan_has_no_rounds_without_pairs_when_the_budget_is_below_a_pair():
-    assert [len(rounds) for rounds in data.plan([400] * 7, range(7), 4, 2, 100)] == [2, 2]
-    assert data.plan([900, 10], [0, 1], 2, 1, 100) == [[[[0]], [[1]]]]
+    assert [len(rounds) for rounds in packing.plan([400] * 7, range(7), 4, 2, 100)] == [2, 2]
+    assert packing.plan([900, 10], [0, 1], 2, 1, 100) == [[[[0]], [[1]]]]
 
 
 @pytest.mark.parametrize("layout", [(2, 1), (4, 2)], ids=["2-copies", "2-copies-of-2-shards"])
@@ -165,9 +168,9 @@ def test_compiled_layers_give_the_weights_of_plain_ones(pairs, tmp_path):
 
 
 def test_records_keep_ids_as_numbers_of_four_bytes_and_no_text(tiny_model, tmp_path):
-    tokenizer, ends = data.load_tokenizer(tiny_model)
+    tokenizer, ends = chat.load_tokenizer(tiny_model)
     (text,) = write_pairs(tmp_path / "pairs.jsonl", 1, z=0.5, scores=[1, 2], id="a")
-    (record,), _ = data.read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, ends, 2560)
+    (record,), _ = read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, ends, 2560)
     ids = {k: record.pop(k) for k in ("prompt_ids", "chosen_ids", "rejected_ids")}
     assert record == {"z": 0.5, "id": "a"} and all(isinstance(v, array) and v.typecode == "i" and v.itemsize == 4 for v in ids.values())
     assert tokenizer.decode(ids["chosen_ids"]) == text["chosen"][0]["content"] + "<|end|>"
@@ -177,8 +180,8 @@ def test_logged_log_probs_are_those_of_plain_transformers(pairs, tmp_path):
     model = build_model(tmp_path / "model", "Gemma2", final_logit_softcapping=3.0, attn_logit_softcapping=2.0, query_pre_attn_scalar=8,
                         sliding_window=16, tie_word_embeddings=True)
     logged, weights = train(tmp_path / "out", model=model, pairs=pairs, batch_size=7, max_steps=1, tokens_per_microbatch=200, lr=0.0)
-    tokenizer, ends = data.load_tokenizer(model)
-    records, _ = data.read_pairs(pairs, tokenizer, ends, 2560)
+    tokenizer, ends = chat.load_tokenizer(model)
+    records, _ = read_pairs(pairs, tokenizer, ends, 2560)
     lm, sums = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager"), {}
     for name in ("chosen", "rejected"):
         for r in records:
@@ -192,8 +195,8 @@ def test_logged_log_probs_are_those_of_plain_transformers(pairs, tmp_path):
 def test_wpo_scales_the_gradient_of_a_pair_by_its_weight(tiny_model, tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", 1)
     plain, weighed = (train(tmp_path / str(wpo), model=tiny_model, pairs=tmp_path / "pairs.jsonl", batch_size=1, clip=1e9, wpo=wpo)[0][0] for wpo in (False, True))
-    tokenizer, ends = data.load_tokenizer(tiny_model)
-    (r,), _ = data.read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, ends, 2560)
+    tokenizer, ends = chat.load_tokenizer(tiny_model)
+    (r,), _ = read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, ends, 2560)
     lm, exponent = AutoModelForCausalLM.from_pretrained(tiny_model), 0.0
     for response in (r["chosen_ids"].tolist(), r["rejected_ids"].tolist()):
         logp = lm(torch.tensor([r["prompt_ids"].tolist() + response])).logits[0, len(r["prompt_ids"]) - 1:-1].log_softmax(-1)
@@ -203,7 +206,7 @@ def test_wpo_scales_the_gradient_of_a_pair_by_its_weight(tiny_model, tmp_path):
 
 
 def test_every_record_counts_its_tokens_padding_memory_and_flops(tiny_model, pairs, plain_run):
-    records, _ = data.read_pairs(pairs, *data.load_tokenizer(tiny_model), 2560)
+    records, _ = read_pairs(pairs, *chat.load_tokenizer(tiny_model), 2560)
     tokens = [sum(len(r[k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids")) for r in records]
     logged = plain_run[2]
     assert [r["tokens"] for r in logged] == [sum(tokens[:3]), sum(tokens[3:6]), tokens[6]] * 2 and [r["step"] for r in logged] == list(range(6))
@@ -226,8 +229,8 @@ def test_bfloat16_logs_nearly_the_losses_of_float32(plain_run, tmp_path):
 @pytest.mark.parametrize("template", [PLAIN, CHATML], ids=["plain", "chatml"])
 @pytest.mark.parametrize("pad", ["<|pad|>", "<|end|>"])
 def test_responses_from_text_get_exactly_one_end_token(template, pad, pairs, tmp_path):
-    tokenizer, ends = data.load_tokenizer(build_model(tmp_path / "model", template=template, pad=pad))
-    records, _ = data.read_pairs(pairs, tokenizer, ends, 2560)
+    tokenizer, ends = chat.load_tokenizer(build_model(tmp_path / "model", template=template, pad=pad))
+    records, _ = read_pairs(pairs, tokenizer, ends, 2560)
     row, lengths, _ = pack(records, "packed_sdpa")
     parts, responses = row["labels"].split(lengths.tolist()), [r[k] for r in records for k in ("chosen_ids", "rejected_ids")]
     assert len(parts) == len(responses) == 14
@@ -238,16 +241,16 @@ def test_responses_from_text_get_exactly_one_end_token(template, pad, pairs, tmp
 
 
 def test_a_template_that_writes_no_end_token_gets_one(pairs, tmp_path):
-    tokenizer, ends = data.load_tokenizer(build_model(tmp_path / "model", template=PLAIN.replace("<|end|>", "")))
-    records, _ = data.read_pairs(pairs, tokenizer, ends, 2560)
+    tokenizer, ends = chat.load_tokenizer(build_model(tmp_path / "model", template=PLAIN.replace("<|end|>", "")))
+    records, _ = read_pairs(pairs, tokenizer, ends, 2560)
     assert all(r[k][-1] == tokenizer.eos_token_id and r[k].count(tokenizer.eos_token_id) == 1 for r in records for k in ("chosen_ids", "rejected_ids"))
 
 
 def test_pairs_with_ids_keep_them_and_a_response_cut_at_its_length_has_no_end_token(tiny_model, tmp_path):
-    tokenizer, ends = data.load_tokenizer(tiny_model)
+    tokenizer, ends = chat.load_tokenizer(tiny_model)
     cut, whole = (tokenizer(text, add_special_tokens=False).input_ids for text in ("an answer without end", "an answer<|end|>"))
     write_pairs(tmp_path / "pairs.jsonl", 1, prompt_ids=[0, 3, 70, 1, 4], chosen_ids=cut, rejected_ids=whole)
-    (record,), _ = data.read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, ends, 2560)
+    (record,), _ = read_pairs(str(tmp_path / "pairs.jsonl"), tokenizer, ends, 2560)
     labels = pack([record], "packed_sdpa")[0]["labels"].split([len(cut), len(whole)])
     assert [part.tolist() for part in labels] == [cut, whole] and record["prompt_ids"].tolist() == [0, 3, 70, 1, 4]
     assert tokenizer.eos_token_id not in labels[0]
@@ -327,9 +330,9 @@ def test_a_malformed_line_is_named_by_file_and_line(line, message, tiny_model, t
     path = tmp_path / "pairs.jsonl"
     write_pairs(path, 2)
     path.write_text(path.read_text() + line + "\n")
-    tokenizer, ends = data.load_tokenizer(tiny_model)
+    tokenizer, ends = chat.load_tokenizer(tiny_model)
     with pytest.raises(SystemExit) as end:
-        data.read_pairs(str(path), tokenizer, ends, 2560)
+        read_pairs(str(path), tokenizer, ends, 2560)
     assert f"{path}:3" in str(end.value) and message in str(end.value) and "\n" not in str(end.value)
     if "'rejected' is missing" in message:                              # and once as people see it
         assert refused(tmp_path / "out", model=tiny_model, pairs=path) == str(end.value)
@@ -366,7 +369,7 @@ def test_a_shard_size_that_does_not_divide_the_processes_is_named(tiny_model, pa
 
 @pytest.mark.parametrize("package, settings", [("peft", {"lora_rank": 4}), ("wandb", {"wandb": True}), ("tensorboard", {"tensorboard": True})])
 def test_a_package_that_is_not_installed_is_named(package, settings, tiny_model, pairs, tmp_path):
-    if data.version(package):
+    if stages.version(package):
         pytest.skip(f"{package} is installed")
     assert refused(tmp_path / "out", model=tiny_model, pairs=pairs, **settings) == f"--{next(iter(settings))}: pip install {package} first"
 
@@ -584,6 +587,6 @@ def test_a_run_of_a_single_step_trains_and_its_folder_holds_no_weights_but_the_m
     logged, weights = train(tmp_path / "out", model=tiny_model, pairs=pairs, batch_size=7, lr=1e-3)
     assert len(logged) == 1 and apart(weights, load_file(tiny_model / "model.safetensors")) > 1e-4
     assert [f.name for f in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]           # vLLM reads them all
-    whole = data.fingerprint(str(tmp_path / "out"))
+    whole = stages.fingerprint(str(tmp_path / "out"))
     (tmp_path / "out" / "reference.logps").unlink()                     # no part of the model that the next stage reads
-    assert data.fingerprint(str(tmp_path / "out")) == whole
+    assert stages.fingerprint(str(tmp_path / "out")) == whole

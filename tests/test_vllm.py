@@ -11,7 +11,9 @@ import urllib.request
 
 import pytest
 
-from nanoaipo import data
+from nanoaipo import chat
+from nanoaipo import files
+from nanoaipo import prompts
 from conftest import ROOT, run
 from test_generate import INSTRUCT, pool, writer  # noqa: F401  (a fixture)
 from test_judge import talker  # noqa: F401  (a fixture)
@@ -26,7 +28,7 @@ def test_greedy_output_equals_that_of_transformers_token_by_token(world, tmp_pat
     for engine in ("vllm", "transformers"):
         done = run("generate.py", "config/tiny.py", f"--out={tmp_path}/{engine}.jsonl", "--n_prompts=32", "--n_responses=1", "--temperature=0", f"--engine={engine}")
         assert done.returncode == 0, done.stderr[-2000:]
-        rows[engine] = [r for _, r in data.read(f"{tmp_path}/{engine}.jsonl")]
+        rows[engine] = [r for _, r in files.read_records(f"{tmp_path}/{engine}.jsonl")]
     for a, b in zip(rows["vllm"], rows["transformers"]):
         (x,), (y,) = a["responses"], b["responses"]
         assert a["prompt_ids"] == b["prompt_ids"] and x["ids"] == y["ids"] and x["finished"] == y["finished"] and abs(x["logp"] - y["logp"]) < 1e-3
@@ -45,13 +47,13 @@ def test_one_iteration_on_human_prompts_ends_with_a_model_that_vllm_loads(world,
     done = subprocess.run(["bash", "iterate.sh", "config/tiny.py", f"--prompts={SHARED / prompts}", "--n_prompts=16", "--iterations=1", "--n_eval=16",
                            "--engine=vllm", f"--out={tmp_path}/run", *without], cwd=ROOT, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    candidates = {r["id"]: r for _, r in data.read(f"{tmp_path}/run/iter_1/candidates.jsonl")}
-    _, ends = data.load_tokenizer(str(ROOT / "tiny/world/base"))
+    candidates = {r["id"]: r for _, r in files.read_records(f"{tmp_path}/run/iter_1/candidates.jsonl")}
+    _, ends = chat.load_tokenizer(str(ROOT / "tiny/world/base"))
     responses = [r for row in candidates.values() for r in row["responses"]]
     assert len(candidates) == 16 and len(responses) == 80 and len({tuple(r["ids"]) for r in responses}) > 40
     assert all(sum(i in ends for i in r["ids"]) == r["finished"] for r in responses)
-    tokenizer, ends = data.load_tokenizer(str(ROOT / "tiny/world/base"))
-    assert all(row["prompt_ids"] == data.render(tokenizer, row["prompt"], "here") for row in candidates.values())
+    tokenizer, ends = chat.load_tokenizer(str(ROOT / "tiny/world/base"))
+    assert all(row["prompt_ids"] == chat.render(tokenizer, row["prompt"], "here") for row in candidates.values())
     if not without:
         scores = json.load(open(f"{tmp_path}/run/iter_1/eval.json"))     # answers of the trained policy, by vLLM
         assert scores["n"] == 16 and scores["length"] > 1
@@ -95,10 +97,10 @@ def test_a_vllm_server_killed_midway_and_started_again_judges_all_and_is_asked_n
         finally:
             os.killpg(server.pid, signal.SIGKILL)
     assert process.returncode == 0, text[-2000:]
-    rows = [r for _, r in data.read(str(replies))]
+    rows = [r for _, r in files.read_records(str(replies))]
     assert before.count(b"\n") < 720 and replies.read_bytes().startswith(before)      # killed midway, and what had come stayed
     assert len(rows) == len({r["key"] for r in rows}) == 60 * 4 * 3
-    assert sum(r["reply"].startswith("Score: ") for r in rows) > 650 and len(list(data.read(f"{tmp_path}/p.jsonl"))) > 50
+    assert sum(r["reply"].startswith("Score: ") for r in rows) > 650 and len(list(files.read_records(f"{tmp_path}/p.jsonl"))) > 50
     done = run(*asked)
     assert done.returncode == 0 and "nothing to do" in done.stdout
 
@@ -108,7 +110,7 @@ def test_vllm_writes_new_instructions_and_goes_on_after_a_kill(writer, world, tm
     done = run("generate.py", *(a for a in INSTRUCT if "engine" not in a), "--engine=vllm", f"--model={writer}", f"--prompts={tmp_path}/pool.jsonl", "--n_prompts=30",
                f"--out={tmp_path}/new.jsonl")
     assert done.returncode == 0, done.stderr[-2000:]
-    made = [r["prompt"][0]["content"] for r in data.read_prompts(f"{tmp_path}/new.jsonl")]
+    made = [r["prompt"][0]["content"] for r in prompts.read_prompts(f"{tmp_path}/new.jsonl")]
     counts = json.load(open(tmp_path / "new.manifest.json"))["counts"]
     assert len(set(made)) == 30 and not set(made) & set(texts) and counts["calls"] < 512 and counts["unfinished"] < counts["calls"] / 4
     asked = ("generate.py", "config/tiny.py", "--engine=vllm", "--n_prompts=64", "--n_responses=2", "--block=8", "--iteration=1")

@@ -216,7 +216,8 @@ def build_base(folder, steps=1050):
     fit(list(model.parameters()), 3e-3, steps, loss_of, batches(examples, 64), "base")
     model.save_pretrained(folder)
 
-    from nanoaipo.data import is_right, render
+    from nanoaipo.chat import render
+    from nanoaipo.grading import is_right
     model.eval()
     rng = random.Random(3)
     tasks = [t for t in (task(rng) for _ in range(1200)) if held_out(t)][:256]
@@ -244,7 +245,7 @@ def build_judge(folder, steps=1300):
     from safetensors.torch import save_file
     from torch.nn.functional import binary_cross_entropy_with_logits as bce
     from transformers import DebertaV2Config
-    from nanoaipo.data import is_right
+    from nanoaipo.grading import is_right
     from nanoaipo.pairrm import PREFIXES, PairRM, PairTokenizer
     torch.set_num_threads(max(1, os.cpu_count() // 2))
     torch.manual_seed(0)

@@ -15,7 +15,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from configurator import FREE
+from configurator import run_script
+from nanoaipo.stages import FREE
 from nanoaipo.report.page import report
 from nanoaipo.report.runs import CONTROL, DRAWN, FIELDS, INK, LENGTH, PERFORMANCE, TRAINING, columns, everyone, judges, load, number, show, title
 
@@ -161,7 +162,7 @@ def draw_files(runs, folder):
             print(os.path.join(folder, file))
 
 
-if __name__ == "__main__":
+def main():
     paths = list(dict.fromkeys(os.path.normpath(a) for a in sys.argv[1:]))
     if not paths or any(p.startswith("-") for p in paths):
         sys.exit(__doc__)
@@ -177,3 +178,7 @@ if __name__ == "__main__":
         f.write(report(runs, figures(runs)))
     os.replace(page + ".tmp", page)
     print(f"report: {page}")
+
+
+if __name__ == "__main__":
+    run_script(main)

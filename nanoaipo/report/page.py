@@ -13,7 +13,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from nanoaipo.data import LENGTH_ALARM
+from nanoaipo.stats import LENGTH_ALARM
 from nanoaipo.report.runs import CONTROL, DRAWN, INK, LENGTH, MARKS, STAGES, columns, everyone, judges, number, show, title
 
 PAGE_RC = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), INK)

@@ -13,7 +13,10 @@ import sys
 import numpy as np
 
 from configurator import SCRIPTS, declared, literals
-from nanoaipo.data import files, manifest_of, messages_of, read, read_candidates
+from nanoaipo.chat import as_messages
+from nanoaipo.files import find_files, read_records
+from nanoaipo.prompts import read_candidates
+from nanoaipo.stages import manifest_path
 
 PERFORMANCE = {"win_rate": ("win rate", ".1f%"), "lc_win_rate": ("LC win rate", ".1f%"), "accuracy": ("accuracy", ".1f%"), "score": ("score", ".2f")}
 LENGTH = {"tokens": ("tokens", ".1f"), "characters": ("characters", ",.0f")}
@@ -48,7 +51,7 @@ def parts(path):
     """The files of a stage, shards included; none while it is still being written."""
     stem, suffix = os.path.splitext(path)
     shards = glob.glob(f"{glob.escape(stem)}-[0-9]*-of-[0-9]*{suffix}")
-    return files(path) if os.path.isfile(path) or shards and len(shards) >= int(shards[0].rpartition("-of-")[2].removesuffix(suffix)) else []
+    return find_files(path) if os.path.isfile(path) or shards and len(shards) >= int(shards[0].rpartition("-of-")[2].removesuffix(suffix)) else []
 
 
 def scores(path):
@@ -76,8 +79,8 @@ def read_pairs(folder):
             if r.get("ids") and number(r, "logp") is not None:
                 responses.append((len(r["ids"]), r["logp"]))
                 logp[row["id"], hash(tuple(r["ids"]))] = r["logp"]      # the ids of 100,000 responses would fill the memory
-    for place, row in read(f"{folder}/pairs.jsonl", "chosen", "rejected") if parts(f"{folder}/pairs.jsonl") else ():
-        both = [messages_of(row[k]) or sys.exit(f"{place}: '{k}' has to be a text or a list of messages") for k in ("chosen", "rejected")]
+    for place, row in read_records(f"{folder}/pairs.jsonl", "chosen", "rejected") if parts(f"{folder}/pairs.jsonl") else ():
+        both = [as_messages(row[k]) or sys.exit(f"{place}: '{k}' has to be a text or a list of messages") for k in ("chosen", "rejected")]
         texts.append([messages[-1]["content"] for messages in both])
         w, l = row.get("chosen_ids") or (), row.get("rejected_ids") or ()
         logp_w, logp_l = (logp.get((str(row.get("id")), hash(tuple(ids)))) for ids in (w, l))
@@ -88,7 +91,7 @@ def read_pairs(folder):
 
 def counts_of(folder, stage):
     """The counts in a stage's manifests, {reason: number}, added up over shards, and their summaries."""
-    manifests = [manifest_of(f) for f in ([f"{folder}/model"] if stage == "model" else parts(f"{folder}/{stage}.jsonl"))]
+    manifests = [manifest_path(f) for f in ([f"{folder}/model"] if stage == "model" else parts(f"{folder}/{stage}.jsonl"))]
     manifests, total = [load_json(m) for m in manifests if os.path.exists(m)], {}
     for key, n in ((key, n) for m in manifests for key, n in m.get("counts", {}).items()):
         total[key] = total.get(key, 0) + n
@@ -107,7 +110,7 @@ def load(run, k):
                 key not in now["scores"] or sys.exit(f"{file}: {key[0]} by {key[1]} is in another file of this iteration too; keep one")
                 now["scores"][key] = row
         if os.path.exists(f"{folder}/model/metrics.jsonl"):
-            now["steps"] = steps = [s for _, s in read(f"{folder}/model/metrics.jsonl", "pairs", *TRAINED)]
+            now["steps"] = steps = [s for _, s in read_records(f"{folder}/model/metrics.jsonl", "pairs", *TRAINED)]
             now["scores"][TRAINING] = {k: sum(s[k] * s["pairs"] for s in steps) / sum(s["pairs"] for s in steps) for k in TRAINED if steps}
         if parts(f"{folder}/answers.jsonl"):
             now["answers"] = {r["id"]: r for _, r in read_candidates(f"{folder}/answers.jsonl") if r["responses"]}

@@ -1,0 +1,5 @@
+"""What whoever runs this can mend."""
+
+
+class InputError(ValueError):
+    """A wrong setting, file or model. The message is one line: the place (file:line, field or --setting), what, and the fix."""
