@@ -44,7 +44,8 @@ for kind, code in json.load(sys.stdin):
             exec(code, session)
         else:
             command = ["bash", "-euc", code]
-            output.write(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            output.write(done.stdout)
     outputs.append(output.getvalue())
 print(json.dumps(outputs))
 """
