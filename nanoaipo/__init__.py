@@ -1,0 +1,1 @@
+"""What the scripts share: a file per concern, and nothing in it imports its own user."""

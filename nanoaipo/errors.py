@@ -1,5 +1,8 @@
-"""What whoever runs this can mend."""
+"""The errors that whoever runs this can mend."""
 
 
 class InputError(ValueError):
-    """A wrong setting, file or model. The message is one line: the place (file:line, field or --setting), what, and the fix."""
+    """A wrong setting, file or model.
+
+    The message is one line: the place (file:line, field or --setting), what is wrong, the fix.
+    """

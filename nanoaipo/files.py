@@ -1,78 +1,179 @@
 """Records and their files: JSONL and its relatives, shards, writing under a temporary name.
 
-Records are JSON objects, one per line; unknown fields travel along; ids join records, never line numbers.
+Records are JSON objects, one per line. Unknown fields travel along. Ids join records, line
+numbers never do.
+
+    prompts      id, prompt (list of chat messages; a plain string is one user message) and, if
+                 right and wrong can be told apart, answer (nanoaipo/grading.py)
+    candidates   the same, and prompt_ids, responses: a list of {text, ids, finished, logp}
+    pairs        id, prompt, chosen, rejected (lists of messages, as datasets and TRL read them),
+                 prompt_ids, chosen_ids, rejected_ids, z (log-odds that chosen beats rejected),
+                 scores of all candidates, and q_w, q_l, g_w, g_l for objectives that want them
 """
+
 import glob
 import gzip
 import json
 import os
 import re
-import sys
 import zlib
 
+from nanoaipo.errors import InputError
 from nanoaipo.processes import RANK, WORLD_SIZE
+
+# ---------------------------------------------------------------------------------------- finding
 
 
 def find_files(path):
-    """The files behind a path: itself, a folder's *.jsonl, a glob, or the shards NAME-00000-of-00008.jsonl of NAME.jsonl."""
+    """The files behind a path: itself, a folder's *.jsonl, a glob, or NAME.jsonl's shards.
+
+    Shards are called NAME-00000-of-00008.jsonl. Raises InputError if there is no file, or if
+    shards are missing.
+    """
     if os.path.isfile(path):
         return [path]
+
+    # what several processes wrote under this name
     stem, suffix = os.path.splitext(path)
-    shards = sorted(f for f in glob.glob(f"{stem}-[0-9]*-of-[0-9]*{suffix}") if re.search(rf"-\d+-of-\d+{re.escape(suffix)}$", f))
-    found = shards or sorted(glob.glob(os.path.join(path, "*.jsonl") if os.path.isdir(path) else path))
-    if not found:
-        sys.exit(f"{path}: no such file")
+    numbered = re.compile(rf"-\d+-of-\d+{re.escape(suffix)}$")
+    shards = [f for f in glob.glob(f"{stem}-[0-9]*-of-[0-9]*{suffix}") if numbered.search(f)]
     if shards:
-        want = {int(f.rpartition("-of-")[2].partition(".")[0]) for f in shards}
-        len(want) == 1 or sys.exit(f"{path}: shards of runs with {' and '.join(map(str, sorted(want)))} processes; remove those of one")
-        len(shards) == max(want) or sys.exit(f"{path}: {len(shards)} of {max(want)} shards are there; run the stage that writes them again")
-    return found
+        check_all_shards(path, shards)
+        return sorted(shards)
+
+    # a glob, or all that a folder holds
+    pattern = path
+    if os.path.isdir(path):
+        pattern = os.path.join(path, "*.jsonl")
+    files = sorted(glob.glob(pattern))
+    if not files:
+        raise InputError(f"{path}: no such file")
+    return files
+
+
+def check_all_shards(path, shards):
+    """Raise InputError unless the shards are those of one run, and all of them."""
+    totals = sorted({int(f.rpartition("-of-")[2].partition(".")[0]) for f in shards})
+    if len(totals) > 1:
+        numbers = " and ".join(map(str, totals))
+        raise InputError(f"{path}: shards of runs with {numbers} processes; remove those of one")
+    if len(shards) != totals[0]:
+        raise InputError(
+            f"{path}: {len(shards)} of {totals[0]} shards are there; "
+            "run the stage that writes them again"
+        )
+
+
+# ---------------------------------------------------------------------------------------- reading
 
 
 def read_records(path, *required):
-    """Yield (place, record) for each object of a JSONL file, a .json array, either with .gz, a folder, a glob or a set of shards.
+    """Yield (where, record) for each object of a file; `where` is "file:line", for messages.
 
-    NAME:SPLIT or NAME:CONFIG:SPLIT is a Hugging Face dataset. place is "file:line". A line that is no JSON object or lacks a required
-    field ends the program with its place.
+    path: JSONL or a .json array, either with .gz, or a folder, a glob or shards of such files;
+    or NAME:SPLIT or NAME:CONFIG:SPLIT of a Hugging Face data set. Raises InputError for what is no
+    record or lacks a required field.
     """
-    if ":" in path and not os.path.exists(path):
-        from datasets import load_dataset
-        *name, split = re.split(r":(?![^\[]*\])", path)                  # not the colon of train[:100]
-        try:
-            rows = load_dataset(*name, split=split)
-        except Exception as e:                                          # hub and file errors come in many classes
-            sys.exit(f"{path}: no such file, and no data set NAME:SPLIT that can be loaded ({str(e).strip().splitlines()[0]})")
-        for n, row in enumerate(rows, 1):
-            for field in required:
-                field in row or sys.exit(f"{path} row {n}: field '{field}' is missing")
-            yield f"{path} row {n}", row
+    for where, record in read_rows(path):
+        if not isinstance(record, dict):
+            raise InputError(f"{where}: a record is a JSON object, not {type(record).__name__}")
+        for field in required:
+            if field not in record:
+                raise InputError(f"{where}: field '{field}' is missing")
+        yield where, record
+
+
+def read_rows(path):
+    """Yield (where, value) from whatever kind of source the path names."""
+    if ":" in path and not os.path.exists(path):  # a file's name may hold a colon too
+        yield from read_data_set(path)
         return
+
     for file in find_files(path):
-        with (gzip.open if file.endswith(".gz") else open)(file, "rb") as f:
-            array = file.removesuffix(".gz").endswith(".json")
-            try:
-                rows = json.load(f) if array else f.read().splitlines(keepends=True) if file.endswith(".gz") else f
-            except (ValueError, EOFError, OSError, zlib.error) as e:    # of JSON, of UTF-8, of gzip
-                sys.exit(f"{file}: not JSON: {e}")
-            not array or isinstance(rows, list) or sys.exit(f"{file}: a .json file holds an array of records, not {type(rows).__name__}")
-            for n, row in enumerate(rows, 1):
-                place, escapes = f"{file}:{n}", array or b"\\ud" in row.lower()
-                if not array:
-                    if not row.strip():
-                        continue
-                    try:
-                        row = json.loads(row)
-                    except ValueError as e:
-                        sys.exit(f"{place}: not JSON: {e}")
-                isinstance(row, dict) or sys.exit(f"{place}: a record is a JSON object, not {type(row).__name__}")
-                if escapes:
-                    try:
-                        json.dumps(row, ensure_ascii=False).encode()
-                    except UnicodeEncodeError:
-                        sys.exit(f"{place}: holds half of a surrogate pair, which is no text")
-                for field in required:
-                    field in row or sys.exit(f"{place}: field '{field}' is missing")
-                yield place, row
+        if file.removesuffix(".gz").endswith(".json"):
+            yield from read_json_array(file)
+        else:
+            yield from read_json_lines(file)
+
+
+def read_data_set(path):
+    """Yield (where, row) of a Hugging Face data set NAME:SPLIT or NAME:CONFIG:SPLIT."""
+    from datasets import load_dataset
+
+    *name, split = re.split(r":(?![^\[]*\])", path)  # not at the colon of train[:100]
+    try:
+        rows = load_dataset(*name, split=split)
+    except Exception as e:  # hub and file errors come in many classes
+        reason = str(e).strip().splitlines()[0]
+        raise InputError(
+            f"{path}: no such file, and no data set NAME:SPLIT that can be loaded ({reason})"
+        ) from e
+    for n, row in enumerate(rows, 1):
+        yield f"{path} row {n}", row
+
+
+def read_json_array(file):
+    """Yield (where, value) of a .json or .json.gz file, which holds one array."""
+    content = read_bytes(file)
+    try:
+        values = json.loads(content)
+    except ValueError as e:  # of JSON or of UTF-8
+        raise InputError(f"{file}: not JSON: {e}") from e
+    if not isinstance(values, list):
+        kind = type(values).__name__
+        raise InputError(f"{file}: a .json file holds an array of records, not {kind}")
+
+    for n, value in enumerate(values, 1):
+        where = f"{file}:{n}"
+        check_surrogates(where, value)
+        yield where, value
+
+
+def read_json_lines(file):
+    """Yield (where, value) of a .jsonl or .jsonl.gz file; empty lines are passed over."""
+    for n, line in enumerate(read_lines(file), 1):
+        if not line.strip():  # it counts in the numbers of lines
+            continue
+        where = f"{file}:{n}"
+        try:
+            value = json.loads(line)
+        except ValueError as e:  # of JSON or of UTF-8
+            raise InputError(f"{where}: not JSON: {e}") from e
+        if b"\\ud" in line.lower():  # the only way to write half of a pair
+            check_surrogates(where, value)
+        yield where, value
+
+
+def read_lines(file):
+    """Yield the lines of a file as bytes; one with .gz is read whole before the first of them."""
+    if file.endswith(".gz"):  # a damaged one shows at its end only, by its checksum
+        yield from read_bytes(file).splitlines(keepends=True)
+        return
+    with open(file, "rb") as f:
+        yield from f
+
+
+def read_bytes(file):
+    """The content of a file, unpacked if its name ends in .gz."""
+    if not file.endswith(".gz"):
+        with open(file, "rb") as f:
+            return f.read()
+    with gzip.open(file) as f:
+        try:
+            return f.read()
+        except (EOFError, OSError, zlib.error) as e:
+            raise InputError(f"{file}: not JSON: {e}") from e
+
+
+def check_surrogates(where, value):
+    """Raise InputError if a text in the value cannot be written as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        raise InputError(f"{where}: holds half of a surrogate pair, which is no text") from e
+
+
+# ---------------------------------------------------------------------------------------- writing
 
 
 def json_line(record):
@@ -81,6 +182,7 @@ def json_line(record):
 
 
 def write_json(path, value):
+    """Write a value as an indented JSON file, which appears under its name when it is whole."""
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         json.dump(value, f, indent=1, ensure_ascii=False)
         f.write("\n")
@@ -88,6 +190,8 @@ def write_json(path, value):
 
 
 def shard_path(out, rank=RANK):
-    """The file this process writes, or another one."""
+    """The file that a process writes its share of `out` to: a shard if there are several."""
+    if WORLD_SIZE == 1:
+        return out
     stem, suffix = os.path.splitext(out)
-    return f"{stem}-{rank:05d}-of-{WORLD_SIZE:05d}{suffix}" if WORLD_SIZE > 1 else out
+    return f"{stem}-{rank:05d}-of-{WORLD_SIZE:05d}{suffix}"

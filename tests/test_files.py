@@ -1,0 +1,85 @@
+"""Reading records from whatever holds them, and naming what is none."""
+
+import gzip
+import json
+import os
+
+import pytest
+
+from nanoaipo import files
+from nanoaipo.errors import InputError
+
+
+def write_lines(path, *rows):
+    """Write rows as JSON lines, texts among them as they are; the path as a text."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines))
+    return str(path)
+
+
+def read(path, *required):
+    """The records of a file, without where they stand."""
+    return [record for _, record in files.read_records(str(path), *required)]
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ('{"id": 1', "not JSON"),
+        ("[1]", r"a record is a JSON object, not list"),
+        ('{"x": 1}', "field 'id' is missing"),
+        (r'{"id": "\ud800"}', "holds half of a surrogate pair, which is no text"),
+    ],
+)
+def test_a_broken_line_is_named_by_file_and_line(bad, message, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", {"id": "1"}, "", bad)
+
+    with pytest.raises(InputError, match=r"a\.jsonl:3: " + message):
+        read(path, "id")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("b.jsonl", b'{"id": 1}\n{"id": "\xff"}\n', r"b\.jsonl:2: not JSON"),
+        ("c.json", b'{"id": 1}', "an array of records, not dict"),
+        ("d.json", b'["id"]', r"d\.json:1: a record is a JSON object, not str"),
+        ("e.json", b'[{"id": 1}', r"e\.json: not JSON: Expecting ','"),
+        ("f.jsonl.gz", b"no archive", r"f\.jsonl\.gz: not JSON: Not a gzipped file"),
+    ],
+)
+def test_a_broken_file_is_named(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+
+    with pytest.raises(InputError, match=message):
+        read(tmp_path / name, "id")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(InputError, match="none.jsonl: no such file"):
+        read(tmp_path / "none.jsonl")
+
+
+def test_shards_folders_globs_and_arrays_are_read_as_one_file(tmp_path):
+    for k in range(3):
+        write_lines(tmp_path / f"a-0000{k}-of-00003.jsonl", {"k": k})
+    (tmp_path / "b.json").write_text('[{"k": 7}]')
+    (tmp_path / "c.json.gz").write_bytes(gzip.compress(b'[{"k": 8}]'))
+
+    for path in ("a.jsonl", "", "a-*.jsonl"):
+        assert read(tmp_path / path) == [{"k": 0}, {"k": 1}, {"k": 2}]
+    assert read(tmp_path / "b.json") == [{"k": 7}]
+    assert read(tmp_path / "c.json.gz") == [{"k": 8}]
+
+
+def test_shards_of_one_run_have_to_be_all_there(tmp_path):
+    for k in range(3):
+        write_lines(tmp_path / f"a-0000{k}-of-00003.jsonl", {"k": k})
+    os.remove(tmp_path / "a-00001-of-00003.jsonl")
+
+    with pytest.raises(InputError, match="2 of 3 shards are there"):
+        read(tmp_path / "a.jsonl")
+
+    write_lines(tmp_path / "a-00000-of-00002.jsonl", {"k": 0})
+    with pytest.raises(InputError, match="shards of runs with 2 and 3 processes"):
+        read(tmp_path / "a.jsonl")
