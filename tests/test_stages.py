@@ -1,0 +1,126 @@
+"""Manifests: what is complete is left alone, what another run made is refused."""
+
+import os
+
+import pytest
+from test_files import write_lines
+
+from nanoaipo import stages
+from nanoaipo.errors import InputError
+
+
+def test_nothing_half_written_stands_under_the_final_name(tmp_path):
+    out = tmp_path / "x.jsonl"
+
+    with pytest.raises(RuntimeError):
+        with stages.open_output(str(out), {}) as write:
+            write({"a": 1})
+            raise RuntimeError("the plug")
+    assert not out.exists()
+
+    with stages.open_output(str(out), {"settings": {}}) as write:
+        write({"a": "ü"})
+    assert out.read_text(encoding="utf-8") == '{"a": "ü"}\n'
+    assert (tmp_path / "x.manifest.json").exists()
+
+
+def test_a_finished_stage_is_skipped_and_one_made_otherwise_is_refused(tmp_path, capsys):
+    source = write_lines(tmp_path / "in.jsonl", {"a": 1})
+    settings = {"source": source, "out": "", "beta": 0.1, "compile": False}
+    out = str(tmp_path / "x.jsonl")
+    manifest = stages.open_stage(out, ".jsonl", settings, "source")
+    with stages.open_output(out, manifest) as write:
+        write({})
+    capsys.readouterr()
+
+    # the same settings and inputs: nothing to do; a setting that is FREE does not count
+    assert stages.open_stage(out, ".jsonl", settings, "source") is None
+    assert capsys.readouterr().out == f"{out}: complete, nothing to do\n"
+    assert stages.open_stage(out, ".jsonl", settings | {"compile": True}, "source") is None
+
+    # another setting
+    with pytest.raises(InputError, match=r"made with another 'beta' \(0.1, now 0.2\)"):
+        stages.open_stage(out, ".jsonl", settings | {"beta": 0.2}, "source")
+
+    # other content of an input
+    write_lines(tmp_path / "in.jsonl", {"a": 2})
+    with pytest.raises(InputError, match="made with another 'source'"):
+        stages.open_stage(out, ".jsonl", settings, "source")
+
+    # a file that no stage wrote
+    os.remove(tmp_path / "x.manifest.json")
+    with pytest.raises(InputError, match="has no manifest"):
+        stages.open_stage(out, ".jsonl", settings, "source")
+
+
+@pytest.mark.parametrize(
+    "out, suffix, message",
+    [
+        ("", ".jsonl", "--out is not set"),
+        ("x", ".jsonl", "has to be a .jsonl file"),
+        ("x.jsonl", "", "has to be a folder"),
+    ],
+)
+def test_an_output_of_another_kind_is_refused(out, suffix, message, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", {"a": 1})
+
+    with pytest.raises(InputError, match=message):
+        stages.open_stage(out, suffix, {"source": source, "out": out}, "source")
+
+
+@pytest.mark.parametrize(
+    "key, path, message",
+    [
+        ("pairs", "", "--pairs is not set: give a path$"),
+        ("model", "", "--model is not set: give a path or a hub name$"),
+        ("pairs", "nowhere.jsonl", "nowhere.jsonl: no such file"),
+    ],
+)
+def test_an_input_that_is_not_there_is_refused(key, path, message):
+    with pytest.raises(InputError, match=message):
+        stages.open_stage("x.jsonl", ".jsonl", {key: path}, key)
+
+
+def test_a_killed_stage_goes_on_behind_its_last_whole_block(tmp_path, capsys):
+    out = str(tmp_path / "x.jsonl")
+    manifest = {"settings": {"beta": 0.1}, "inputs": {}}
+    asked = []
+
+    def squares(block):
+        asked.extend(block)
+        if 5 in block and len(asked) < 7:
+            raise RuntimeError("the plug")
+        return [{"n": n, "square": n * n} for n in block]
+
+    def count(records):
+        return {"rows": len(list(records))}
+
+    # the third of four blocks of two fails, and a piece of it is already on disk
+    with pytest.raises(RuntimeError):
+        stages.write_blocks(out, manifest, list(range(7)), 2, squares, count)
+    with open(out + ".tmp", "ab") as f:
+        f.write(b'{"n": 4, "square": 16}\n{"n": 5')
+    assert not os.path.exists(out)
+
+    stages.write_blocks(out, manifest, list(range(7)), 2, squares, count)
+
+    assert asked == [0, 1, 2, 3, 4, 5, 4, 5, 6]
+    assert "goes on behind 4 of 7 prompts" in capsys.readouterr().out
+    with open(out, encoding="utf-8") as f:
+        assert [line for line in f] == [f'{{"n": {n}, "square": {n * n}}}\n' for n in range(7)]
+    assert manifest["counts"] == {"rows": 7}
+    assert not os.path.exists(out + ".tmp")
+
+
+def test_what_another_run_left_half_written_is_refused(tmp_path):
+    out = str(tmp_path / "x.jsonl")
+    manifest = {"settings": {"beta": 0.1}, "inputs": {}}
+
+    def fail(block):
+        raise RuntimeError("the plug")
+
+    with pytest.raises(RuntimeError):
+        stages.write_blocks(out, manifest, [1, 2], 1, fail, len)
+    manifest["settings"]["beta"] = 0.2
+    with pytest.raises(InputError, match=r"made with another 'beta' \(0.1, now 0.2\)"):
+        stages.write_blocks(out, manifest, [1, 2], 1, fail, len)
