@@ -1,80 +1,149 @@
 """Messages to token ids by the model's own template.
 
-Tokens in, tokens out: a prompt is rendered once, to ids; the engine returns ids; training sees exactly those, with the
-end token if and only if the model produced it.
+Tokens in, tokens out: a prompt is rendered once, to ids; the engine returns ids; training sees
+exactly those, with the end token if and only if the model produced it.
 """
+
 import contextlib
 import hashlib
 import json
 import re
-import sys
+
+from nanoaipo.errors import InputError
 
 
 def as_messages(value, role="user"):
-    """A list of chat messages from a list of them or a text, or None if it is neither."""
+    """A list of chat messages from a list of them or from a text, or None if it is neither."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
-    good = isinstance(value, list) and value and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
-    return value if good else None
+    if isinstance(value, list) and value and all(map(is_message, value)):
+        return value
+    return None
+
+
+def is_message(value):
+    """Whether a value is a chat message: an object whose role and content are texts."""
+    if not isinstance(value, dict):
+        return False
+    return isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
 def load_tokenizer(model, setting="model"):
-    """(tokenizer, ids that end a turn) of a chat model; ends the program if it cannot be loaded or has no template."""
+    """(tokenizer, ids that end a turn) of a chat model.
+
+    Raises InputError, which names the setting, if it cannot be loaded or has no chat template.
+    """
     from transformers import AutoTokenizer, GenerationConfig
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, mistral_format=False)     # vllm brings mistral_common, which has no template
+        # not mistral_common's, which comes with vllm and has no template
+        tokenizer = AutoTokenizer.from_pretrained(model, mistral_format=False)
     except (OSError, ValueError) as e:
-        sys.exit(f"--{setting}={model}: no model folder and no hub model that can be loaded ({str(e).strip().splitlines()[0]})")
-    tokenizer.chat_template or sys.exit(f"--{setting}={model}: its tokenizer has no chat template; take the instruction-tuned model")
-    ends = {tokenizer.eos_token_id}
-    with contextlib.suppress(OSError):                                  # Gemma and Llama 3 end turns with a token of their own
-        eos = GenerationConfig.from_pretrained(model).eos_token_id
-        ends |= set(eos if isinstance(eos, list) else [eos])
-    return tokenizer, ends - {None}
+        reason = str(e).strip().splitlines()[0]
+        raise InputError(
+            f"--{setting}={model}: no model folder and no hub model that can be loaded ({reason})"
+        ) from e
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"--{setting}={model}: its tokenizer has no chat template; "
+            "take the instruction-tuned model"
+        )
+
+    # Gemma and Llama 3 end turns with a token of their own, which their generation config names
+    eos_ids = {tokenizer.eos_token_id}
+    with contextlib.suppress(OSError):  # a model may have no such config
+        configured = GenerationConfig.from_pretrained(model).eos_token_id
+        if isinstance(configured, list):
+            eos_ids.update(configured)
+        else:
+            eos_ids.add(configured)
+    return tokenizer, eos_ids - {None}
+
+
+# ------------------------------------------------------------------------- text of control tokens
 
 
 def control_pattern(tokenizer):
     """A pattern that finds the text of any control token."""
-    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+    tokens = tokenizer.added_tokens_decoder.values()
+    texts = {token.content for token in tokens if token.special}
+    longest_first = sorted(texts, key=len, reverse=True)  # of two with one beginning, the longer
+    nothing = "(?!)"  # a tokenizer without such tokens
+    return re.compile("|".join(map(re.escape, longest_first)) or nothing)
+
+
+def token_ids(tokenizer, text):
+    """Ids of a text as the tokenizer reads it, no special token added."""
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def encode(tokenizer, text, control):
-    """Ids of plain text, no specials added; what the pattern `control` finds stays text, because it is cut inside."""
-    cuts = [m.start() + 1 for m in control.finditer(text)]
-    pieces = [text[a:b] for a, b in zip([0] + cuts, cuts + [len(text)])]
-    return [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False).input_ids]
+    """Ids of plain text: what the pattern `control` finds stays text, because it is cut inside."""
+    # no piece holds a whole control token's text, so the tokenizer cannot see one
+    ids = []
+    start = 0
+    for match in control.finditer(text):
+        cut = match.start() + 1
+        ids += token_ids(tokenizer, text[start:cut])
+        start = cut
+    return ids + token_ids(tokenizer, text[start:])
 
 
-def render(tokenizer, messages, place, control=None, opens=True):
-    """Ids of a conversation, with the mark that opens the assistant's turn unless `opens` is false; no second BOS.
+# ------------------------------------------------------------------------------------- rendering
 
-    Text that spells a control token becomes that token, so prompts with such text are dropped before; with the pattern
-    `control` it stays text: the message enters the template as a stand-in, and its ids take the stand-in's place.
-    Ends the program, naming the place, if the model's template refuses it (Gemma-2: a system message).
+
+def render(tokenizer, messages, where, control=None, opens=True):
+    """Ids of a conversation, opening the assistant's turn unless `opens` is false; no second BOS.
+
+    Text that spells a control token becomes that token, so prompts with such text are dropped
+    before. With the pattern `control` it stays text: the message enters the template as a
+    stand-in, whose place its ids take. Raises InputError, which names `where`, if the model's
+    template refuses the messages (Gemma-2: a system message).
     """
     from jinja2 import TemplateError
+
+    # the stand-in of message k is NAME, k and a full stop; NAME is a text that no message holds
     name = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
-    shown = [m | {"content": f"{name}{k}."} if control and control.search(m["content"]) else m for k, m in enumerate(messages)]
+    shielded = []
+    for k, message in enumerate(messages):
+        if control and control.search(message["content"]):
+            message = message | {"content": f"{name}{k}."}
+        shielded.append(message)
+
     try:
-        text = tokenizer.apply_chat_template(shown, add_generation_prompt=opens, tokenize=False)
+        text = tokenizer.apply_chat_template(shielded, add_generation_prompt=opens, tokenize=False)
     except TemplateError as e:
-        sys.exit(f"{place}: this model's chat template refuses the prompt: {e}")
+        raise InputError(f"{where}: this model's chat template refuses the prompt: {e}") from e
+
+    # the template's own text is read with its control tokens, the messages' without any
     ids = []
-    for n, piece in enumerate(re.split(rf"{name}(\d+)\.", text)):      # template, number, template, number, ...
-        ids += encode(tokenizer, messages[int(piece)]["content"], control) if n % 2 else tokenizer(piece, add_special_tokens=False).input_ids
+    pieces = re.split(rf"{name}(\d+)\.", text)  # template, number, template, number, ..., template
+    for n, piece in enumerate(pieces):
+        if n % 2 == 0:
+            ids += token_ids(tokenizer, piece)
+        else:
+            ids += encode(tokenizer, messages[int(piece)]["content"], control)
     return ids
 
 
-def render_response(tokenizer, ends, control, prompt, prompt_ids, response):
-    """Ids of a response that came as text, as this model's template writes it after the prompt, with one end of turn."""
+def render_response(tokenizer, eos_ids, control, prompt, prompt_ids, response):
+    """Ids of a response that came as text, with one end of turn.
+
+    They are what this model's template writes after the prompt, unless it rewrites earlier turns
+    or the response spells a control token: then those of the plain text.
+    """
+    # what the template adds behind the prompt: some write more than text and end token
+    content = response[0]["content"]
     ids = None
-    if not control.search(response[0]["content"]):
+    if not control.search(content):
         text = tokenizer.apply_chat_template(prompt + response, tokenize=False)
-        whole = tokenizer(text, add_special_tokens=False).input_ids
-        if whole[:len(prompt_ids)] == prompt_ids:
-            ids = whole[len(prompt_ids):]
-    if ids is None:                                                     # the template rewrites earlier turns, or control text
-        ids = encode(tokenizer, response[0]["content"], control)
-    return ids if ends & set(ids) else ids + [tokenizer.eos_token_id]
+        conversation = token_ids(tokenizer, text)
+        if conversation[: len(prompt_ids)] == prompt_ids:
+            ids = conversation[len(prompt_ids) :]
+    # elsewhere the text itself
+    if ids is None:
+        ids = encode(tokenizer, content, control)
+
+    if not eos_ids & set(ids):
+        ids = ids + [tokenizer.eos_token_id]
+    return ids

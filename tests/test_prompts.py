@@ -1,0 +1,114 @@
+"""The columns that people's files of prompts have, to our records."""
+
+import pytest
+from test_files import write_lines
+
+from nanoaipo.errors import InputError
+from nanoaipo.prompts import read_prompts
+
+
+def contents(rows):
+    """The text of the last message that each row asks."""
+    return [row["prompt"][-1]["content"] for row in rows]
+
+
+def test_prompts_come_from_texts_messages_and_instruction_columns_and_get_stable_ids(tmp_path):
+    conversation = [{"role": "user", "content": "four"}, {"role": "assistant", "content": "-"}]
+    path = write_lines(
+        tmp_path / "p.jsonl",
+        {"id": "a", "prompt": "one", "extra": 3},
+        {"prompt": [{"role": "user", "content": "two"}]},
+        {"instruction": "three"},
+        {"messages": conversation},
+        {"prompt": "two"},
+    )
+
+    rows = read_prompts(path)
+    ids = [row["id"] for row in rows]
+
+    assert contents(rows) == ["one", "two", "three", "four", "two"]
+    assert ids[0] == "a"
+    assert rows[0]["extra"] == 3
+    assert len(set(ids)) == 5
+    assert ids == [row["id"] for row in read_prompts(path)]
+
+
+def test_a_number_is_an_id_and_zero_too(tmp_path):
+    path = write_lines(tmp_path / "n.jsonl", {"id": 0, "prompt": "x"}, {"id": 1, "prompt": "x"})
+
+    assert [row["id"] for row in read_prompts(path)] == ["0", "1"]
+
+
+def test_a_column_of_another_name_is_read_where_it_is_named(tmp_path):
+    path = write_lines(tmp_path / "q.jsonl", {"q": "five"})
+
+    (row,) = read_prompts(path, "q")
+
+    assert row["prompt"] == [{"role": "user", "content": "five"}]
+
+
+def test_of_a_benchmarks_turns_the_first_is_asked_and_all_are_kept(tmp_path):
+    path = write_lines(
+        tmp_path / "t.jsonl",
+        {"prompt": "x", "turns": 3},
+        {"turns": "y", "uid": "u"},
+        {"turns": [{"content": "z"}, "w"], "prompt": None},
+    )
+
+    rows = read_prompts(path)
+
+    assert contents(rows) == ["x", "y", "z"]
+    assert [row.get("turns") for row in rows] == [None, ["y"], ["z", "w"]]
+    assert rows[1]["id"] == "u"
+
+
+def test_an_instruction_is_asked_with_its_input(tmp_path):
+    path = write_lines(
+        tmp_path / "i.jsonl",
+        {"instruction": "add", "input": "1 2"},
+        {"instruction": "sort", "input": "", "instances": [{"input": ""}, {"input": "b a"}]},
+        {"instruction": "sing", "input": "", "instances": []},
+    )
+
+    assert contents(read_prompts(path)) == ["add\n\n1 2", "sort\n\nb a", "sing"]
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([{"text": "x"}], ":1: 'prompt' has to be"),
+        ([{"turns": 3}], ":1: 'turns' has to be"),
+        ([{"turns": ["x", 3]}], ":1: 'turns' has to be"),
+        ([{"prompt": "x", "id": 1}, {"prompt": "y", "id": 1}], ":2: id '1' is already"),
+        ([{"prompt": [{"role": "assistant", "content": "x"}]}], ":1: 'prompt' holds no prompt"),
+        ([], "no prompts in it"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(rows, message, tmp_path):
+    path = write_lines(tmp_path / "bad.jsonl", *rows)
+
+    with pytest.raises(InputError, match=message):
+        read_prompts(path)
+
+
+def test_a_hub_dataset_is_named_with_its_split(tmp_path):
+    write_lines(tmp_path / "part.jsonl", {"prompt": "from datasets"})
+
+    assert contents(read_prompts(f"{tmp_path}:train")) == ["from datasets"]
+
+
+def test_a_hub_datasets_columns_that_a_row_lacks_are_null_and_not_asked(tmp_path):
+    write_lines(
+        tmp_path / "part.jsonl",
+        {"prompt": "a", "messages": None},
+        {"prompt": None, "messages": [{"role": "user", "content": "b"}]},
+    )
+
+    assert contents(read_prompts(f"{tmp_path}:train")) == ["a", "b"]
+    assert contents(read_prompts(f"{tmp_path}:train[:1]")) == ["a"]
+    assert contents(read_prompts(f"{tmp_path}:default:train[1:]")) == ["b"]
+
+
+def test_what_is_neither_a_file_nor_a_hub_dataset_is_named(tmp_path):
+    with pytest.raises(InputError, match="nobody:train: no such file, and no data set NAME:SPLIT"):
+        read_prompts(f"{tmp_path}/nobody:train")
