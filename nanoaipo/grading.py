@@ -1,27 +1,63 @@
 """Is this answer right? Numbers, choices, text.
 
-`answer` is what a right response has to say. A number must equal the first number behind the last "####", "\\boxed{", "answer:" or
-"answer is" that has one behind it, or the last number before such marks (1,234.0 is 1234); a choice of one capital letter
-likewise, the words A and I aside; any other text must stand behind the first mark, or anywhere without one, as whole words,
-upper or lower case. {"accept": [...], "among": regex, "count": k}: of all statements in the response that match `among`, at
-least k distinct ones, and every one of them in `accept`.
+`answer` is what a right response has to say. A number must equal the first number behind the last
+"####", "\\boxed{", "answer:" or "answer is" that has one behind it, or the last number before such
+marks (1,234.0 is 1234); a choice of one capital letter likewise, the words A and I aside; any other
+text must stand behind the first mark, or anywhere without one, as whole words, upper or lower case.
+{"accept": [...], "among": regex, "count": k}: of all statements in the response that match `among`,
+at least k distinct ones, and every one of them in `accept`.
 """
+
 import re
 
-NUMBER = r"(?:(?<!\w)-)?(?:\d+(?:\.\d+)?|\.\d+)"
-CHOICE = r"(?<![\w'])(?:[B-HJ-Z]|[AI](?! [a-z]))(?![\w'])"        # not the words A and I
+MARK = re.compile(r"####|\\boxed\{|\b(?i:answer)\b[*\s]*(?::|is\b)")  # what an answer stands behind
+NUMBER = re.compile(r"(?:(?<!\w)-)?(?:\d+(?:\.\d+)?|\.\d+)")
+CHOICE = re.compile(r"(?<![\w'])(?:[B-HJ-Z]|[AI](?! [a-z]))(?![\w'])")  # not the words A and I
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3})")  # the commas of 1,234,567
 
 
 def is_right(text, answer):
     """Whether a response gives the right answer; the rule is at the top of this file."""
     if isinstance(answer, dict):
-        stated = set(re.findall(answer["among"], text.lower()))
-        return len(stated) >= answer.get("count", 1) and stated <= set(answer["accept"])
-    answer = str(answer).split("####")[-1].strip()                      # GSM8K's own column ends so
-    parts = re.split(r"####|\\boxed\{|\b(?i:answer)\b[*\s]*(?::|is\b)", text)
-    for pattern, value in ((NUMBER, lambda s: float(re.sub(r"(?<=\d),(?=\d{3})", "", s))), (CHOICE, str)):
-        if re.fullmatch(pattern, answer.replace(",", "")):
-            found = [re.findall(pattern, re.sub(r"(?<=\d),(?=\d{3})", "", part)) for part in parts]
-            stated = next((f[0] for f in reversed(found[1:]) if f), found[0][-1] if found[0] else None)
-            return stated is not None and value(stated) == value(answer)
-    return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", " ".join(parts[1:]) or text, re.IGNORECASE) is not None
+        return states_only(text, answer)
+
+    # what kind of answer it is decides what is looked for in the response
+    answer = str(answer).split("####")[-1].strip()  # GSM8K's own column ends so
+    number = THOUSANDS.sub("", answer)
+    if NUMBER.fullmatch(number):
+        stated = stated_answer(NUMBER, text)
+        return stated is not None and float(stated) == float(number)
+    if CHOICE.fullmatch(answer.replace(",", "")):  # "B," is one too, which no response can state
+        return stated_answer(CHOICE, text) == answer
+    return says(text, answer)
+
+
+def stated_answer(pattern, text):
+    """What a response states as its answer: a match of the pattern, or None.
+
+    The last mark with a match behind it decides, and there the first match. If no mark has one,
+    it is the last match before all of them, where a derivation ends.
+    """
+    before, *behind_marks = MARK.split(THOUSANDS.sub("", text))
+    for part in reversed(behind_marks):
+        match = pattern.search(part)
+        if match:
+            return match[0]
+
+    matches = pattern.findall(before)
+    if not matches:
+        return None
+    return matches[-1]
+
+
+def says(text, answer):
+    """Whether the words of an answer stand behind the first mark, or anywhere if there is none."""
+    behind_marks = " ".join(MARK.split(text)[1:])
+    words = rf"(?<!\w){re.escape(answer)}(?!\w)"
+    return re.search(words, behind_marks or text, re.IGNORECASE) is not None
+
+
+def states_only(text, rule):
+    """Whether a response states enough of what is accepted, and nothing else of its kind."""
+    stated = set(re.findall(rule["among"], text.lower()))
+    return len(stated) >= rule.get("count", 1) and stated <= set(rule["accept"])

@@ -1,0 +1,86 @@
+"""The rule for right answers."""
+
+import random
+
+import pytest
+
+from nanoaipo.grading import is_right
+
+OPPOSITE = {"accept": ["cold"], "among": r"\b(?:cold|hot|wet)\b"}
+TWO_VEHICLES = {"accept": ["car", "bus"], "among": r"\b(?:car|bus|tea)\b", "count": 2}
+
+
+@pytest.mark.parametrize(
+    "text, answer, right",
+    [
+        # numbers
+        ("It is 12.", 12, True),
+        ("7 plus 5 is 12", "12", True),
+        ("12, no, 13", "12", False),
+        ("1,200 apples", "1200", True),
+        ("1200 apples", "1,200", True),
+        ("-3", -3, True),
+        ("none", 3, False),
+        ("The answer is 42. I hope this answer is clear.", 42, True),
+        ("It is .5", 0.5, True),
+        ("10-2 is 8", 8, True),
+        ("so 10-2", -2, False),
+        # text
+        ("The answer is Paris.", "paris", True),
+        ("Parisian", "Paris", False),
+        ("The answer is Paris. Is the answer: Rome?", "Paris", True),
+        # choices
+        ("(B)", "B", True),
+        ("I would say B, but I am not sure.", "B", True),
+        ("A good question: it is C", "C", True),
+        # all statements of a kind
+        ("cold. Again, it is cold.", OPPOSITE, True),
+        ("cold. Again, it is wet.", OPPOSITE, False),
+        ("Sure!", OPPOSITE, False),
+        ("car and car", TWO_VEHICLES, False),
+        ("Car and bus", TWO_VEHICLES, True),
+    ],
+)
+def test_the_rule_for_right_answers(text, answer, right):
+    assert is_right(text, answer) is right
+
+
+@pytest.mark.parametrize(
+    "text, answer, right",
+    [
+        ("The set is 1,2", "1,2", True),
+        ("The set is 1, 2", "1,2", False),
+        ("It is 12", "1,2", False),
+        ("It is 12, I think", "12,", True),
+        ("It is 12", "12,", False),
+        ("from 4 ,5", ",5", True),
+        ("It is 5", ",5", False),
+    ],
+)
+def test_an_answer_whose_commas_are_not_those_of_thousands_is_compared_as_text(text, answer, right):
+    assert is_right(text, answer) is right
+
+
+def test_a_number_is_right_however_it_is_written_and_another_one_is_wrong():
+    rng = random.Random(0)
+    frames = ("The answer is {}.", "3 and 4: {}", "so #### {}", "answer: 1? The answer is {} or 2")
+    for _ in range(2000):
+        number = rng.randrange(-(10**7), 10**7)
+        written = (f"{number}", f"{number:,}", f"{number}.0", f"{number:,}.00")
+        frame = rng.choice(frames)
+
+        response = frame.format(rng.choice(written))
+        answer = rng.choice((number, *written))
+
+        assert is_right(response, answer), (response, answer)
+        assert not is_right(response, number + 1), (response, number + 1)
+
+
+def test_every_answer_is_graded_whatever_it_looks_like():
+    rng = random.Random(0)
+    pieces = ["####", "answer is ", "\\boxed{", " ", ",", ".", "-", "1", "12", "345", "A", "B", "é"]
+    for _ in range(20000):
+        text = "".join(rng.choices(pieces, k=rng.randrange(8)))
+        answer = "".join(rng.choices(pieces, k=rng.randrange(1, 5)))
+
+        assert is_right(text, answer) in (True, False), (text, answer)
