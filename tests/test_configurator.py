@@ -1,12 +1,16 @@
+"""Settings: what beats what, what is refused and how; and importing the scripts."""
+
+import ast
 import os
 import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 import configurator
+from nanoaipo.errors import InputError
 
-ROOT = os.path.dirname(configurator.__file__)
 SCRIPT = '''"""What it does."""
 from configurator import configure
 beta = 0.1                              # strength
@@ -18,6 +22,14 @@ print(config, beta)
 '''
 
 
+def every_setting():
+    """The settings of all scripts, as `declared` gives them."""
+    every = {}
+    for script in configurator.SCRIPTS:
+        every |= configurator.declared(script)
+    return every
+
+
 @pytest.fixture
 def run(tmp_path):
     """Runs a script with the settings above, with arguments; returns (exit code, output)."""
@@ -25,91 +37,231 @@ def run(tmp_path):
 
     def run(*arguments, **recipe):
         if recipe:
-            (tmp_path / "recipe.py").write_text("".join(f"{k} = {v!r}  # why\n" for k, v in recipe.items()))
+            lines = [f"{key} = {value!r}  # why\n" for key, value in recipe.items()]
+            (tmp_path / "recipe.py").write_text("".join(lines))
             arguments = ("recipe.py", *arguments)
-        done = subprocess.run([sys.executable, "script.py", *arguments], cwd=tmp_path, capture_output=True, text=True,
-                              env={**os.environ, "PYTHONPATH": ROOT})
+        done = subprocess.run(
+            [sys.executable, "script.py", *arguments],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
         return done.returncode, done.stdout + done.stderr
 
     return run
 
 
+# -------------------------------------------------------------------------------------- one script
+
+
 def test_the_command_line_beats_the_recipe_and_the_recipe_the_default(run):
     code, text = run("--beta=0.3", beta=0.2, steps=5)
-    assert code == 0 and "{'beta': 0.3, 'steps': 5, 'name': 'x', 'fast': False} 0.3" in text
+
+    assert code == 0
+    assert "{'beta': 0.3, 'steps': 5, 'name': 'x', 'fast': False} 0.3" in text
 
 
-@pytest.mark.parametrize("argument, value", [("--beta=1", "'beta': 1.0"), ("--steps=3", "'steps': 3"), ("--name=3", "'name': '3'"),
-                                             ("--fast=True", "'fast': True"), ("--fast=false", "'fast': False"), ("--name=", "'name': ''")])
+@pytest.mark.parametrize(
+    "argument, value",
+    [
+        ("--beta=1", "'beta': 1.0"),
+        ("--steps=3", "'steps': 3"),
+        ("--name=3", "'name': '3'"),
+        ("--fast=True", "'fast': True"),
+        ("--fast=false", "'fast': False"),
+        ("--name=", "'name': ''"),
+    ],
+)
 def test_a_value_takes_the_type_of_the_default(run, argument, value):
     code, text = run(argument)
-    assert code == 0 and value in text
+
+    assert code == 0
+    assert value in text
 
 
-@pytest.mark.parametrize("argument, message", [("--bета=1", "unknown setting"), ("--bete=1", "did you mean 'beta'"), ("--steps=0.5", "takes a value of type int"),
-                                               ("--fast=1", "takes a value of type bool"), ("--beta", "write --beta=value"), ("--loss=dpo", "unknown setting 'loss'")])
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--bета=1", "unknown setting"),
+        ("--bete=1", "did you mean 'beta'"),
+        ("--steps=0.5", "takes a value of type int"),
+        ("--fast=1", "takes a value of type bool"),
+        ("--beta", "write --beta=value"),
+        ("--loss=dpo", "unknown setting 'loss'"),
+    ],
+)
 def test_a_wrong_argument_ends_with_one_line_that_says_what_is_right(run, argument, message):
     code, text = run(argument)
-    assert code == 1 and message in text and text.count("\n") == 1
+
+    assert code == 1
+    assert message in text
+    assert text.count("\n") == 1
 
 
 def test_a_recipe_may_hold_keys_of_every_script_but_no_unknown_one(run):
-    assert run(loss="dpo", n_prompts=3, beta=1)[0] == 0
+    code, _ = run(loss="dpo", n_prompts=3, beta=1)
+    assert code == 0
+
     code, text = run(los="dpo")
-    assert code == 1 and "recipe.py:1: unknown setting 'los', did you mean 'loss'?" in text
+    assert code == 1
+    assert "recipe.py:1: unknown setting 'los', did you mean 'loss'?" in text
+
     code, text = run(beta="high")
-    assert code == 1 and "recipe.py:1: 'beta' takes a value of type float" in text
+    assert code == 1
+    assert "recipe.py:1: 'beta' takes a value of type float" in text
 
 
 def test_a_recipe_is_data_not_code(run, tmp_path):
     (tmp_path / "bad.py").write_text('beta = 0.1\nsteps = open("x")\n')
+
     code, text = run("bad.py")
-    assert code == 1 and "bad.py:2: a recipe holds `name = literal` lines only" in text
+
+    assert code == 1
+    assert "bad.py:2: a recipe holds `name = literal` lines only" in text
     assert run("missing.py") == (1, "missing.py: no such recipe\n")
 
 
 def test_help_lists_every_setting_with_its_comment(run):
     code, text = run("--help")
-    assert code == 0 and "What it does." in text and "--beta=0.1" in text and "strength" in text
+
+    assert code == 0
+    assert "What it does." in text
+    assert "--beta=0.1" in text
+    assert "strength" in text
+
+
+def test_at_a_python_prompt_a_wrong_setting_is_an_error_and_not_the_end(tmp_path):
+    own = configurator.declared("train.py")
+    (tmp_path / "bad.py").write_text("import os\n")
+
+    with pytest.raises(InputError, match="--bta=1: unknown setting 'bta', did you mean 'beta'"):
+        configurator.changes(["--bta=1"], own, own)
+    with pytest.raises(InputError, match="one recipe at most, got a.py b.py"):
+        configurator.changes(["a.py", "b.py"], own, own)
+    with pytest.raises(InputError, match="here: 'beta' takes a value of type float"):
+        configurator.cast("here", "beta", "high", 0.1)
+    with pytest.raises(InputError, match="nowhere.py: no such recipe"):
+        configurator.literals("nowhere.py")
+    with pytest.raises(InputError, match="bad.py:1: a recipe holds `name = literal` lines only"):
+        configurator.literals(str(tmp_path / "bad.py"))
+    with pytest.raises(InputError, match="run: 'model' is not set"):
+        configurator.resolve(["--iterations=1"], every_setting())
+
+
+# ------------------------------------------------------------------------------------- all scripts
 
 
 def test_a_setting_that_two_scripts_declare_has_the_same_default_and_meaning_in_both():
-    seen = {}
+    seen = {}  # setting -> (default, script)
     for script in configurator.SCRIPTS:
-        for key, (value, _, comment) in configurator.declared(script).items():
+        for key, (default, _, comment) in configurator.declared(script).items():
             assert comment, f"{script}: {key} has no comment"
-            assert seen.setdefault(key, (value, script))[0] == value, f"{key} differs between {script} and {seen[key][1]}"
+            first_default, first_script = seen.setdefault(key, (default, script))
+            assert first_default == default, f"{key} differs between {script} and {first_script}"
 
 
 def test_every_recipe_of_the_repository_names_settings_that_exist_in_their_type():
-    recipes = sorted(f for f in os.listdir(os.path.join(ROOT, "config")) if f.endswith(".py"))
-    every = {k: v for script in configurator.SCRIPTS for k, v in configurator.declared(script).items()}
-    assert "aipo_nemo.py" in recipes and "tiny.py" in recipes
+    every = every_setting()
+    recipes = sorted((ROOT / "config").glob("*.py"))
+    names = [recipe.name for recipe in recipes]
+
+    assert "aipo_nemo.py" in names
+    assert "tiny.py" in names
     for recipe in recipes:
-        assert configurator.changes([os.path.join(ROOT, "config", recipe)], every, every)
-
-
-def test_a_run_keeps_its_settings_and_may_only_grow(tmp_path):
-    def loop(*arguments):
-        done = subprocess.run([sys.executable, os.path.join(ROOT, "configurator.py"), *arguments], cwd=tmp_path, capture_output=True, text=True)
-        return done.returncode, done.stdout + done.stderr
-
-    (tmp_path / "r.py").write_text('model = "m"\nbeta = 0.2\n')
-    code, text = loop("r.py", "--iterations=2", "--prompts=my prompts.jsonl")
-    assert code == 0 and "iterations=2\n" in text and "out=out/r\n" in text and "model=m\n" in text
-    assert (tmp_path / "out/r/recipe.py").read_text() == "model = 'm'\nbeta = 0.2\niterations = 2\nprompts = 'my prompts.jsonl'\n"
-    assert loop("r.py", "--iterations=3", "--prompts=my prompts.jsonl")[0] == 0
-    assert loop("r.py", "--prompts=my prompts.jsonl", "--beta=0.1")[0] == 0     # nothing is written yet: a slip can be mended
-    assert loop("r.py", "--prompts=my prompts.jsonl")[0] == 0
-    (tmp_path / "out/r/iter_0").mkdir()
-    (tmp_path / "out/r/iter_0/answers.jsonl").write_text("")
-    code, text = loop("r.py", "--iterations=3", "--prompts=my prompts.jsonl", "--beta=0.3")
-    assert code == 1 and "this run was started with beta=0.2, not 0.3" in text
-    assert loop("r.py", "--modle=x")[1] == "--modle=x: unknown setting 'modle', did you mean 'model'?\n"
+        assert configurator.changes([str(recipe)], every, every)
 
 
 def test_no_setting_is_taken_by_torchrun_for_an_abbreviation_of_its_own():
     from torch.distributed.run import get_args_parser
-    options = [o for action in get_args_parser()._actions for o in action.option_strings]
-    every = {k for script in configurator.SCRIPTS for k in configurator.declared(script)}
-    assert not [(k, o) for k in every for o in options if o.startswith("--" + k)]
+
+    for action in get_args_parser()._actions:
+        for option in action.option_strings:
+            for key in every_setting():
+                assert not option.startswith("--" + key)
+
+
+@pytest.mark.parametrize("name", ["generate", "rank", "eval"])
+def test_importing_a_script_does_no_work_and_keeps_its_defaults(name, tmp_path):
+    code = f"import sys, {name}; print([{name}.config, sorted(sys.modules)])"
+    settings = configurator.declared(f"{name}.py")
+    defaults = {key: default for key, (default, _, _) in settings.items()}
+
+    # arguments that would change or stop a script that is run
+    for argument in ("--seed=5", "--no_such_setting=1", "--help"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, argument],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        assert done.stdout.count("\n") == 1  # nothing but what is printed above
+        config, modules = ast.literal_eval(done.stdout)
+        assert config == defaults
+        assert not {"torch", "transformers", "vllm"} & set(modules)
+        assert os.listdir(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------- runs of iterate.sh
+
+
+@pytest.fixture
+def resolve(tmp_path):
+    """Resolves a run as iterate.sh does, in a folder; returns (exit code, output)."""
+
+    def resolve(*arguments):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "configurator.py"), *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    return resolve
+
+
+def test_a_run_keeps_its_settings_and_may_only_grow(resolve, tmp_path):
+    (tmp_path / "r.py").write_text('model = "m"\nbeta = 0.2\n')
+    prompts = "--prompts=my prompts.jsonl"
+
+    # the settings of the loop come as shell, those of all scripts are kept
+    code, text = resolve("r.py", "--iterations=2", prompts)
+    assert code == 0
+    assert "iterations=2\n" in text
+    assert "out=out/r\n" in text
+    assert "model=m\n" in text
+    assert (tmp_path / "out/r/recipe.py").read_text() == (
+        "model = 'm'\nbeta = 0.2\niterations = 2\nprompts = 'my prompts.jsonl'\n"
+    )
+
+    # nothing is written yet: a slip can be mended
+    assert resolve("r.py", "--iterations=3", prompts)[0] == 0
+    assert resolve("r.py", prompts, "--beta=0.1")[0] == 0
+    assert resolve("r.py", prompts)[0] == 0
+
+    # once something is, only the number of iterations and the like may change
+    (tmp_path / "out/r/iter_0").mkdir()
+    (tmp_path / "out/r/iter_0/answers.jsonl").write_text("")
+    code, text = resolve("r.py", "--iterations=3", prompts, "--beta=0.3")
+    assert code == 1
+    assert "this run was started with beta=0.2, not 0.3" in text
+    assert resolve("r.py", "--iterations=4", prompts)[0] == 0
+
+    code, text = resolve("r.py", "--modle=x")
+    assert text == "--modle=x: unknown setting 'modle', did you mean 'model'?\n"
+
+
+def test_a_run_is_made_of_its_own_pairs_or_candidates_or_of_others_but_not_of_both(resolve):
+    sources = ("--pairs=a.jsonl", "--candidates=b.jsonl")
+
+    for source in sources:
+        assert resolve("--model=m", source)[0] == 0
+    code, text = resolve("--model=m", *sources)
+
+    assert code == 1
+    assert "of pairs, candidates and new_instructions only one can be" in text
