@@ -3,47 +3,90 @@
 #
 #     bash iterate.sh config/x.py [--preflight] [--key=value ...]
 #
-# Each arrow is a process of its own (processes > 1: torchrun, on one node), so its memory is back when it ends. A stage whose
-# output is there is not run again: interrupt anywhere, run the same command to go on. Settings of the loop: configurator.py.
+# Each stage is a process of its own (processes > 1: torchrun, on one node), so its memory is back
+# when it ends. A stage whose output is there is not run again: interrupt anywhere, run the same
+# command to go on. Settings of the loop: configurator.py.
 set -euo pipefail
 here=$(dirname "$0")
-if [[ -z ${VIRTUAL_ENV:-} && -x $here/.venv/bin/python ]]; then PATH=$(realpath "$here")/.venv/bin:$PATH; fi
-
+if [[ -z ${VIRTUAL_ENV:-} && -x $here/.venv/bin/python ]]; then
+  PATH=$(realpath "$here")/.venv/bin:$PATH
+fi
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
-if [[ " $* " == *" --preflight "* ]]; then exec python "$here/configurator.py" "$@"; fi     # what the run needs, and no run
-settings=$(python "$here/configurator.py" "$@")   # checks them and keeps them as $out/recipe.py
+
+if [[ " $* " == *" --preflight "* ]]; then # what the run needs, and no run
+  exec python "$here/configurator.py" "$@"
+fi
+
+# The settings become variables of this shell, checked, and are kept as $out/recipe.py.
+settings=$(python "$here/configurator.py" "$@")
 eval "$settings"
-launch() { if (($1 > 1)); then torchrun --standalone --nproc-per-node="$1" "${@:2}"; else python "${@:2}"; fi; }
-stage() { echo "--- iteration $t: $1"; launch "$2" "$here/$1.py" "$out/recipe.py" "${@:3}"; }   # name, processes, settings
-turn() { local all; read -ra all <<< "$1"; echo "${all[(t - 1) % ${#all[@]}]}"; }   # of several, this iteration's
 if ((engines == 0)); then engines=$processes; fi
 if ((rank_processes == 0)); then rank_processes=$processes; fi
 
+# stage NAME PROCESSES --key=value ...: run a script with this run's recipe
+stage() {
+  echo "--- iteration $t: $1"
+  local launcher=(python)
+  if (($2 > 1)); then launcher=(torchrun --standalone --nproc-per-node="$2"); fi
+  "${launcher[@]}" "$here/$1.py" "$out/recipe.py" "${@:3}"
+}
+
+# in_turn "FILE ...": this iteration's file of one or several
+in_turn() {
+  local files
+  read -ra files <<< "$1"
+  echo "${files[(t - 1) % ${#files[@]}]}"
+}
+
+# Answer the held-out prompts with the policy, and compare with what iteration 0 answered.
+evaluate() {
+  if [[ ! $eval_prompts ]]; then return; fi
+  stage generate "$engines" --model="$policy" --prompts="$eval_prompts" \
+    --prompt_field="$eval_prompt_field" --n_prompts="$n_eval" --n_responses=1 \
+    --temperature="$eval_temperature" --out="$out/iter_$t/answers.jsonl"
+  stage eval 1 --answers="$out/iter_$t/answers.jsonl" \
+    --baseline="$out/iter_0/answers.jsonl" --out="$out/iter_$t/eval.json"
+}
+
 if [[ $prepare ]]; then python "$here/$prepare"; fi
+t=0
 policy=$model
-for ((t = 0; t <= iterations; t++)); do
-  now=$out/iter_$t
-  if ((t > 0)); then
-    sampled=$now/candidates.jsonl ranked=$now/pairs.jsonl
-    if [[ $candidates ]]; then sampled=$(turn "$candidates")
-    elif [[ ! $pairs ]]; then
-      from=()
-      if ((new_instructions)); then
-        stage generate "$engines" --task=instructions --n_prompts="$new_instructions" --iteration="$t" --model="$policy" --out="$now/prompts.jsonl"
-        from=(--prompts="$now/prompts.jsonl" --prompt_field= --n_prompts=0)
-      fi
-      stage generate "$engines" --iteration="$t" --model="$policy" --out="$sampled" ${from[@]+"${from[@]}"}
-    fi
-    if [[ $pairs ]]; then ranked=$(turn "$pairs")
-    else stage rank "$rank_processes" --model="$policy" --candidates="$sampled" --out="$ranked"; fi
-    stage train "$processes" --model="$policy" --pairs="$ranked" --out="$now/model"
-    policy=$now/model
+evaluate
+
+for ((t = 1; t <= iterations; t++)); do
+  iteration_dir=$out/iter_$t
+
+  # new instructions, where the recipe wants them: the policy writes them from its pool of prompts
+  prompts_from=()
+  if ((new_instructions)); then
+    stage generate "$engines" --task=instructions --n_prompts="$new_instructions" \
+      --iteration="$t" --model="$policy" --out="$iteration_dir/prompts.jsonl"
+    prompts_from=(--prompts="$iteration_dir/prompts.jsonl" --prompt_field= --n_prompts=0)
   fi
-  if [[ $eval_prompts ]]; then
-    stage generate "$engines" --model="$policy" --prompts="$eval_prompts" --prompt_field="$eval_prompt_field" --n_prompts="$n_eval" --n_responses=1 \
-      --temperature="$eval_temperature" --out="$now/answers.jsonl"
-    stage eval 1 --answers="$now/answers.jsonl" --baseline="$out/iter_0/answers.jsonl" --out="$now/eval.json"
+
+  # sample candidates from the policy, unless they or the pairs come from elsewhere
+  sampled=$iteration_dir/candidates.jsonl
+  if [[ $candidates ]]; then
+    sampled=$(in_turn "$candidates")
+  elif [[ ! $pairs ]]; then
+    stage generate "$engines" --iteration="$t" --model="$policy" --out="$sampled" \
+      ${prompts_from[@]+"${prompts_from[@]}"} # so written, bash 3.2 takes an empty array
   fi
+
+  # rank them, and pair the best with the worst
+  ranked=$iteration_dir/pairs.jsonl
+  if [[ $pairs ]]; then
+    ranked=$(in_turn "$pairs")
+  else
+    stage rank "$rank_processes" --model="$policy" --candidates="$sampled" --out="$ranked"
+  fi
+
+  # train; the result is the policy, and the reference, of the next iteration
+  stage train "$processes" --model="$policy" --pairs="$ranked" --out="$iteration_dir/model"
+  policy=$iteration_dir/model
+  evaluate
 done
-if [[ $eval_prompts ]]; then python -m nanoaipo.report "$out"; fi    # its last line says where the report is
+
+# tables and figures of the evaluations; the last line says where the page is
+if [[ $eval_prompts ]]; then python -m nanoaipo.report "$out"; fi
 echo "$out is complete: $iterations iterations, the last policy is $policy"
