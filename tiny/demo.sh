@@ -1,14 +1,20 @@
 #!/usr/bin/env bash
-# What `make demo` runs: the loop with AIPO and with DPO from the same base, one core each, then the table and the figures.
+# What `make demo` runs: the loop with AIPO and with DPO from the same base, one core each, then
+# the table and the figures.
 set -euo pipefail
 python tiny/prepare.py
 mkdir -p out
 export OMP_NUM_THREADS=1
+
 bash iterate.sh config/tiny.py --loss=dpo --out=out/tiny_dpo > out/tiny_dpo.log 2>&1 &
-other=$!
-trap 'pkill -P $other; kill $other' EXIT   # an interrupted demo leaves nothing running
+dpo=$!
+trap 'pkill -P $dpo; kill $dpo' EXIT # an interrupted demo leaves nothing running
 bash iterate.sh config/tiny.py --out=out/tiny_aipo
+
 echo "--- waiting for DPO, whose answers are longer (out/tiny_dpo.log)"
-wait $other || { tail -n 5 out/tiny_dpo.log; exit 1; }
+if ! wait $dpo; then
+  tail -n 5 out/tiny_dpo.log
+  exit 1
+fi
 trap - EXIT
 python -m nanoaipo.report out/tiny_aipo out/tiny_dpo
