@@ -1,7 +1,8 @@
 """What the test files share: running the scripts, small random chat models, pairs of random text.
 
-    from conftest import ROOT, build_model, run, torchrun, write_pairs
+from conftest import ROOT, build_model, run, torchrun, write_pairs
 """
+
 import atexit
 import contextlib
 import functools
@@ -17,59 +18,112 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))                                           # tests import losses, data, configurator
-sys.path.append(str(ROOT / "bench"))                                    # behind the scripts: bench/ has a rank.py too
+sys.path.insert(0, str(ROOT))  # tests import the scripts and the package
+sys.path.append(str(ROOT / "bench"))  # behind the scripts, because bench/ has a rank.py too
+from warm import warm  # noqa: E402
+
 ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.update(ENV)
-from warm import warm
 
-SPECIALS = ["<s>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"]
-PLAIN = ("{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
-         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
-CHATML = PLAIN.replace("'<|end|>'", "'<|end|>\\n'")                     # ends a turn and then a line, as ChatML does
+# ----------------------------------------------------------------------------- running the scripts
 
 
 @functools.cache
 def warm_python():
-    """A python that has imported everything (bench/warm.py), from the first test that runs a script to the end of this worker."""
+    """Path of a python that has imported everything (bench/warm.py).
+
+    It lives from the first test that runs a script to the end of this worker.
+    """
     stack = contextlib.ExitStack()
     atexit.register(stack.close)
-    return shutil.which("python", path=stack.enter_context(warm(stack.enter_context(tempfile.TemporaryDirectory())))["PATH"])
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    env = stack.enter_context(warm(folder))
+    return shutil.which("python", path=env["PATH"])
 
 
 def run(script, *args, python=(), env=None, **settings):
-    """Run a script of the repository with --key=value for each setting; a CompletedProcess with text.
+    """Run a script of the repository with --key=value for each setting; a CompletedProcess.
 
-    In a fork of a process that has imported everything; in one of its own where options for python or an environment are given.
+    It runs in a fork of a process that has imported everything, but in one of its own where
+    options for python or an environment are given, or where it is no script (-m).
     """
-    own = python or env or not script.endswith(".py")
-    command = [sys.executable if own else warm_python(), *python, script, *args, *(f"--{k}={v}" for k, v in settings.items())]
-    return subprocess.run(list(map(str, command)), cwd=ROOT, env=os.environ | (env or {}), capture_output=True, text=True, timeout=300)
+    executable = sys.executable
+    if script.endswith(".py") and not python and not env:
+        executable = warm_python()
+    options = [f"--{key}={value}" for key, value in settings.items()]
+    command = [executable, *python, script, *args, *options]
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=os.environ | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def torchrun(n, script, *args, **settings):
-    """The same under torchrun with n processes."""
-    return run(script, *args, python=("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"), **settings)
+    """Run a script likewise under torchrun, with n processes."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}")
+    return run(script, *args, python=launcher, **settings)
+
+
+# ------------------------------------------------------------------------------------ small models
+
+SPECIALS = ["<s>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>"]
+PLAIN = (
+    "{{ bos_token }}"
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+CHATML = PLAIN.replace("'<|end|>'", "'<|end|>\\n'")  # ends a turn and then a line, as ChatML does
+
+
+def build_tokenizer(template, pad):
+    """A chat tokenizer with one token per byte, behind the special tokens."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = SPECIALS + sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(SPECIALS)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="<|end|>", pad_token=pad
+    )
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def build_model(folder, architecture="Llama", template=PLAIN, pad="<|pad|>", seed=0, **config):
-    """Save a small random chat model and its tokenizer (one token per byte); weights so large that context matters."""
+    """Save a small random chat model and its tokenizer; weights so large that context matters."""
     import torch
     import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    vocabulary = SPECIALS + sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(vocabulary)}, merges=[]))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    core.add_special_tokens(SPECIALS)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="<|end|>", pad_token=pad)
-    tokenizer.chat_template = template
+
+    tokenizer = build_tokenizer(template, pad)
     tokenizer.save_pretrained(folder)
-    small = dict(vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=8, max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=False,
-                 bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+
+    small = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     torch.manual_seed(seed)
-    config = getattr(transformers, architecture + "Config")(**small | config)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    make_config = getattr(transformers, architecture + "Config")
+    model = transformers.AutoModelForCausalLM.from_config(make_config(**small | config))
+    model.save_pretrained(folder)
     return folder
 
 
@@ -79,14 +133,30 @@ def tiny_model(tmp_path_factory):
     return build_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
+# ------------------------------------------------------------------------------------ random pairs
+
+
 def write_pairs(path, n, seed=0, **extra):
-    """Write n pairs of random text with log-normal lengths, as TRL reads them, plus the fields in `extra`; return them."""
-    draw = random.Random(seed)
+    """Write n pairs of random text as TRL reads them, with the fields in `extra`; return them.
+
+    Lengths are log-normal, with medians of 15 characters (prompt), 25 (chosen) and 20 (rejected).
+    """
+    rng = random.Random(seed)
 
     def message(role, median):
-        length = min(120, max(1, round(draw.lognormvariate(0, 0.7) * median)))
-        return [{"role": role, "content": "".join(draw.choices("etaoin shrdlu\n", k=length))}]
+        length = round(rng.lognormvariate(0, 0.7) * median)
+        length = min(120, max(1, length))
+        content = "".join(rng.choices("etaoin shrdlu\n", k=length))
+        return [{"role": role, "content": content}]
 
-    pairs = [{"prompt": message("user", 15), "chosen": message("assistant", 25), "rejected": message("assistant", 20), **extra} for _ in range(n)]
-    Path(path).write_text("".join(json.dumps(p) + "\n" for p in pairs), encoding="utf-8")
+    pairs = []
+    for _ in range(n):
+        pair = {
+            "prompt": message("user", 15),
+            "chosen": message("assistant", 25),
+            "rejected": message("assistant", 20),
+        }
+        pairs.append(pair | extra)
+    lines = [json.dumps(pair) + "\n" for pair in pairs]
+    Path(path).write_text("".join(lines), encoding="utf-8")
     return pairs
