@@ -1,0 +1,199 @@
+"""Sampling with transformers' generate, on any device.
+
+Rows of similar length are sampled together. Whenever more than half of a batch has ended, generate
+stops, the rows that have ended leave the batch, and the others go on with their part of the cache.
+"""
+
+import torch
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    StoppingCriteria,
+)
+
+from nanoaipo.processes import pick_device
+from nanoaipo.seeds import derive_seed
+
+NEVER = 2**31  # the length at which a row without a stop text ends
+STOP_TAIL = 8  # tokens at the end of a row in which a stop text is looked for
+
+
+class SampledLogProbs(LogitsProcessor):
+    """Log-probs of the sampled tokens, under the logits before temperature and top-k."""
+
+    def __init__(self):
+        self.next_logps = None
+        self.steps = []
+
+    def __call__(self, ids, logits):
+        self.add_last(ids)
+        self.next_logps = logits.float().log_softmax(-1)  # (B, V)
+        return logits
+
+    def add_last(self, ids):
+        """Look up the token sampled last in the log-probs of the step that sampled it."""
+        if self.next_logps is not None:
+            self.steps.append(self.next_logps.gather(1, ids[:, -1:]))  # (B, 1)
+
+    def all_steps(self, ids):
+        """Log-probs (B, new) of all tokens sampled, once generate has returned ids (B, L)."""
+        self.add_last(ids)
+        return torch.cat(self.steps, 1)
+
+
+class MostRowsEnded(StoppingCriteria):
+    """Stops generate once more than half of the rows have ended, so that the rest goes on alone.
+
+    stop_lengths (B,): length of a row when a stop text was first seen in it, else NEVER.
+    """
+
+    def __init__(self, n_rows, prompt_width, eos, stop, tokenizer):
+        self.prompt_width = prompt_width
+        self.eos = eos
+        self.stop = stop
+        self.tokenizer = tokenizer
+        self.has_eos = torch.zeros(n_rows, dtype=torch.bool, device=eos.device)
+        self.stop_lengths = torch.full((n_rows,), NEVER, device=eos.device)
+
+    def __call__(self, ids, scores, **kwargs):
+        length = ids.shape[1]
+        self.has_eos |= torch.isin(ids[:, -1], self.eos)
+        if self.stop:
+            hit = self.finds_stop(ids)
+            self.stop_lengths[hit] = self.stop_lengths[hit].clamp(max=length)
+
+        ended = self.has_eos | (self.stop_lengths <= length)  # (B,)
+        most_ended = ended.float().mean() > 0.5
+        return ended | most_ended
+
+    def finds_stop(self, ids):
+        """Whether the end of each response holds one of the stop texts, (B,)."""
+        start = max(self.prompt_width, ids.shape[1] - STOP_TAIL)
+        tails = self.tokenizer.batch_decode(ids[:, start:])
+        hit = [any(text in tail for text in self.stop) for tail in tails]
+        return torch.tensor(hit, device=ids.device)
+
+
+class TransformersEngine:
+    """A model whose method `sample` is an engine's (nanoaipo/engines.py)."""
+
+    def __init__(self, model, eos_ids, *, dtype, generate_rows):
+        self.device = pick_device()
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        policy = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+        self.policy = policy.to(self.device).eval()
+        # a model's own penalties would enter what our configuration leaves unset
+        self.policy.generation_config = GenerationConfig()
+        self.eos_ids = eos_ids
+        self.eos = torch.tensor(sorted(eos_ids), device=self.device)
+        self.generate_rows = generate_rows
+
+    @torch.inference_mode()
+    def sample(self, requests, *, n_responses, **sampling):
+        """Lists of n_responses tuples (ids, finished, log-prob), one list for each request."""
+        by_length = sorted(range(len(requests)), key=lambda r: len(requests[r][0]))
+        size = max(1, self.generate_rows // n_responses)
+        results = [None] * len(requests)
+        with tqdm(total=len(requests) * n_responses, desc="generate", unit="resp") as bar:
+            for start in range(0, len(by_length), size):
+                batch = by_length[start : start + size]
+
+                # a batch has one generator: its seed is made of those of its requests
+                torch.manual_seed(derive_seed(*(requests[r][1] for r in batch)))
+                rows = []
+                for r in batch:
+                    prompt_ids, _ = requests[r]
+                    rows += [prompt_ids] * n_responses
+                responses = self.sample_rows(rows, **sampling)
+
+                for k, r in enumerate(batch):
+                    results[r] = responses[k * n_responses : (k + 1) * n_responses]
+                bar.update(len(rows))
+        return results
+
+    def sample_rows(self, prompts, *, temperature, top_k, top_p, max_new_tokens, stop=()):
+        """One response (ids, finished, log-prob) to each of these lists of prompt ids."""
+        ids, mask = self.pad_left(prompts)  # (B, L)
+        prompt_width = ids.shape[1]
+        max_length = prompt_width + max_new_tokens
+        generation_config = GenerationConfig(
+            max_length=max_length,
+            do_sample=temperature > 0,
+            temperature=temperature or None,
+            top_k=top_k,
+            top_p=top_p,
+            eos_token_id=sorted(self.eos_ids),
+            pad_token_id=min(self.eos_ids),
+            return_dict_in_generate=True,
+        )
+
+        responses = [None] * len(prompts)
+        logp = torch.zeros(len(prompts))
+        rows = torch.arange(len(prompts))  # (B,), the prompt of each row of the batch
+        cache = None
+        while len(rows):
+            # sample on until most rows have ended
+            start = ids.shape[1]
+            logps = SampledLogProbs()
+            criterion = MostRowsEnded(len(rows), prompt_width, self.eos, stop, self.tokenizer)
+            output = self.policy.generate(
+                ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                generation_config=generation_config,
+                logits_processor=[logps],
+                stopping_criteria=[criterion],
+            )
+            ids = output.sequences  # (B, L + new)
+            cache = output.past_key_values
+            stop_lengths = criterion.stop_lengths  # (B,)
+
+            # nothing counts after the end token or the stop text
+            is_eos = torch.isin(ids[:, start:], self.eos)  # (B, new)
+            logp[rows] += sum_logps(logps.all_steps(ids), is_eos, start, stop_lengths).cpu()
+
+            # rows that have ended are responses
+            ended = is_eos.any(1) | (stop_lengths < NEVER) | (ids.shape[1] >= max_length)  # (B,)
+            for b in ended.nonzero()[:, 0].tolist():
+                r = int(rows[b])
+                stop_length = int(stop_lengths[b])
+                response, has_eos = self.cut_at_eos(ids[b, prompt_width:stop_length].tolist())
+                responses[r] = (response, has_eos or stop_length < NEVER, float(logp[r]))
+
+            # the others go on in a smaller batch
+            keep = (~ended).nonzero()[:, 0]
+            rows = rows[keep.cpu()]
+            ids = ids[keep]
+            new_mask = mask.new_ones(len(keep), ids.shape[1] - mask.shape[1])
+            mask = torch.cat([mask[keep], new_mask], 1)  # (B, L)
+            if len(keep):
+                cache.batch_select_indices(keep)
+        return responses
+
+    def pad_left(self, prompts):
+        """Ids and attention mask (B, L) of lists of ids, with zeros on the left."""
+        width = max(map(len, prompts))
+        ids = [[0] * (width - len(p)) + p for p in prompts]
+        mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+        return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
+
+    def cut_at_eos(self, response):
+        """(The ids up to and with the first end token, whether there is one)."""
+        for k, token in enumerate(response):
+            if token in self.eos_ids:
+                return response[: k + 1], True
+        return response, False
+
+
+def sum_logps(steps, is_eos, start, stop_lengths):
+    """Sums (B,) of log-probs (B, new) up to and with the end token, or before the stop length.
+
+    is_eos: (B, new); start: position of the first of the new tokens; stop_lengths: (B,).
+    """
+    no_eos_before = is_eos.cumsum(1) - is_eos.long() == 0  # (B, new)
+    positions = torch.arange(start, start + steps.shape[1], device=steps.device)  # (new,)
+    is_before_stop = positions < stop_lengths[:, None]  # (B, new)
+    return (steps * (no_eos_before & is_before_stop)).sum(1)
