@@ -1,0 +1,177 @@
+"""Answers to a benchmark's questions, turn after turn: generate.py --task=answers.
+
+A record carries the answer to the first turn in `responses`, those to further turns in
+`later_responses`.
+"""
+
+import functools
+
+from nanoaipo.chat import control_pattern, render
+from nanoaipo.engines import context_length
+from nanoaipo.errors import InputError
+from nanoaipo.processes import RANK, WORLD_SIZE
+from nanoaipo.prompts import read_prompts
+from nanoaipo.responses import count_and_print, response_record
+from nanoaipo.seeds import derive_seed
+from nanoaipo.stages import write_blocks
+
+# temperatures of FastChat's categories
+TEMPERATURES = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "stem": 0.1,
+    "humanities": 0.1,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+}
+TURN_TOKENS = 32  # at most, that a chat template adds to a turn
+
+
+def write_answers(
+    out,
+    manifest,
+    tokenizer,
+    start_engine,
+    *,
+    model,
+    prompts,
+    prompt_field,
+    n_prompts,
+    iteration,
+    seed,
+    block,
+    temperature,
+    top_k,
+    top_p,
+    max_new_tokens,
+):
+    """Write one answer to each turn of each prompt to `out`, block by block; nothing is dropped.
+
+    start_engine(max_tokens): an engine's `sample`. A block holds all turns of its questions.
+    Raises InputError where the model has no room for all turns of a question.
+    """
+    rows = read_prompts(prompts, prompt_field)
+    if n_prompts:
+        rows = rows[:n_prompts]
+    rows = rows[RANK::WORLD_SIZE]
+
+    limit = context_length(model)
+    longest = render_and_measure(rows, tokenizer, limit, prompts, max_new_tokens)
+    sample = None
+    if rows:  # there may be more processes than questions
+        # an answer that is read again, as text, may be more tokens
+        sample = start_engine(min(limit, 2 * longest))
+
+    answer = functools.partial(
+        answer_block,
+        sample=sample,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        iteration=iteration,
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+    )
+    count = functools.partial(count_and_print, out, {"prompts": len(rows)})
+    write_blocks(out, manifest, rows, block, answer, count)
+
+
+def render_and_measure(rows, tokenizer, limit, prompts, max_new_tokens):
+    """Set the prompt_ids of questions; return the tokens the longest may take with its answers."""
+    control = control_pattern(tokenizer)
+    longest = 0
+    for row in rows:
+        place = f"{prompts}: prompt '{row['id']}'"
+        row["prompt_ids"] = render(tokenizer, row["prompt"], place, control)
+
+        # the last turn is asked after all the others and their answers
+        n_tokens = len(row["prompt_ids"]) + max_new_tokens
+        for turn in turns_of(row)[1:]:
+            n_tokens += len(tokenizer(turn).input_ids) + TURN_TOKENS + max_new_tokens
+        if n_tokens > limit:
+            raise InputError(
+                f"{prompts}: '{row['id']}' may take {n_tokens} tokens with its answers, "
+                f"this model has {limit}: lower --max_new_tokens"
+            )
+        longest = max(longest, n_tokens)
+    return longest
+
+
+def answer_block(
+    rows,
+    sample,
+    tokenizer,
+    *,
+    prompts,
+    iteration,
+    seed,
+    temperature,
+    top_k,
+    top_p,
+    max_new_tokens,
+):
+    """The records of a block of questions with one answer to each of their turns.
+
+    Each turn is asked after the answers to those before it, at the temperature of its category.
+    """
+    control = control_pattern(tokenizer)
+    conversations = [list(row["prompt"]) for row in rows]
+    answers = [[] for _ in rows]
+    n_turns = [len(turns_of(row)) for row in rows]
+    temperatures = [temperature_of(row, temperature) for row in rows]
+
+    for turn in range(max(n_turns)):
+        going = [k for k in range(len(rows)) if turn < n_turns[k]]
+        if turn > 0:  # the first turn is the prompt
+            for k in going:
+                question = {"role": "user", "content": turns_of(rows[k])[turn]}
+                conversations[k].append(question)
+
+        # one call of the engine for each temperature
+        for value in sorted({temperatures[k] for k in going}):
+            asked = [k for k in going if temperatures[k] == value]
+            requests = []
+            for k in asked:
+                place = f"{prompts}: prompt '{rows[k]['id']}'"
+                ids = render(tokenizer, conversations[k], place, control)
+                requests.append((ids, derive_seed(seed, iteration, rows[k]["id"], turn)))
+
+            # the answer enters the conversation as text, as a user would see it
+            sampled = sample(
+                requests,
+                n_responses=1,
+                temperature=value,
+                top_k=top_k,
+                top_p=top_p,
+                max_new_tokens=max_new_tokens,
+            )
+            for k, (response,) in zip(asked, sampled):
+                answer = response_record(tokenizer, *response)
+                answers[k].append(answer)
+                conversations[k].append({"role": "assistant", "content": answer["text"]})
+
+    return [with_answers(row, responses) for row, responses in zip(rows, answers)]
+
+
+def turns_of(row):
+    """The texts of a question's turns; a plain prompt has one, whose text is in the prompt."""
+    return row.get("turns", [""])
+
+
+def temperature_of(row, temperature):
+    """FastChat's temperature of a question's category, or the one given."""
+    if "turns" not in row:
+        return temperature
+    return TEMPERATURES.get(str(row.get("category")), temperature)
+
+
+def with_answers(row, answers):
+    """A question's record with the answers to its turns."""
+    record = row | {"responses": answers[:1]}
+    if "turns" in row:
+        record["later_responses"] = answers[1:]
+    return record

@@ -1,0 +1,336 @@
+"""New instructions by self-instruct (arXiv 2212.10560) as AIPO has it: the policy writes prompts.
+
+A call shows the policy examples from the pool as a numbered list of raw text, and the policy writes
+the next item. Examples come from the pool alone, never from what was written. Calls go out in
+rounds until each process has its share of instructions that differ from each other, from the pool
+and from those of the processes before it. A killed stage begins anew, with the same calls.
+"""
+
+import collections
+import functools
+import itertools
+import os
+import random
+import re
+import time
+
+from nanoaipo.chat import control_pattern, render
+from nanoaipo.engines import context_length
+from nanoaipo.errors import InputError
+from nanoaipo.files import read_records, shard_path
+from nanoaipo.processes import RANK, WORLD_SIZE
+from nanoaipo.seeds import derive_seed
+from nanoaipo.stages import check_same_run, open_output
+
+HEADING = (
+    "Here are tasks that people have given to an assistant. "
+    "All are different in topic, form and length.\n"
+)
+MIN_CALLS = 128  # in a round (AIPO)
+MAX_CALLS = 4096  # in a round
+MAX_REPLY_TOKENS = 1024  # AIPO
+MIN_TOKENS = 4  # of an instruction
+PATIENCE = 10  # calls for each instruction wanted, after which the program ends
+
+# of the manifest: prompts to show, calls, and replies dropped by the rules of why_unfit
+COUNTS = (
+    "prompts",
+    "control_text",
+    "too_long",
+    "too_short",
+    "calls",
+    "unfinished",
+    "empty",
+    "unfit",
+    "known",
+)
+
+# Where a reply goes on with an answer. "A:" with a "B:" below it is a choice, not an answer.
+ANSWER = re.compile(
+    r"\b(?:answer|output|solution):|^\s*a:(?!.*^\s*b:)",
+    re.IGNORECASE | re.MULTILINE | re.DOTALL,
+)
+
+
+def write_instructions(
+    pool,
+    out,
+    manifest,
+    tokenizer,
+    start_engine,
+    *,
+    model,
+    prompts,
+    n_prompts,
+    iteration,
+    seed,
+    max_new_tokens,
+    max_prompt_tokens,
+    min_prompt_tokens,
+    temperature,
+    n_examples,
+    unfit,
+    similarity,
+):
+    """Write this process's share of n_prompts new instructions to `out`, as a file of prompts.
+
+    pool: prompt records to show; start_engine(max_tokens): an engine's `sample`; unfit: a compiled
+    pattern of what is dropped; max_...: tokens. Raises InputError when the pool is too small, or
+    PATIENCE times as many calls have not been enough.
+    """
+    if not n_prompts:
+        raise InputError("--n_prompts is not set: how many instructions to write")
+    examples = example_texts(pool)
+    if len(examples) < n_examples:
+        raise InputError(
+            f"{prompts}: {len(examples)} prompts that fit; a call shows {n_examples} of them"
+        )
+    wanted = len(range(RANK, n_prompts, WORLD_SIZE))
+    counts = dict.fromkeys(COUNTS, 0)
+    counts["prompts"] = len(pool)
+
+    # a call has room for the list of examples and for the reply
+    limit = context_length(model)
+    reply_tokens = min(MAX_REPLY_TOKENS, max_new_tokens)
+    list_tokens = min((n_examples + 1) * max_prompt_tokens, limit - reply_tokens)
+    sample = None
+    if wanted:  # there may be more processes than instructions
+        sample = start_engine(list_tokens + reply_tokens)
+
+    def call_policy(n_calls, n_round):
+        """(Text, finished) of the instructions of one round."""
+        seeds = (seed, iteration, RANK, n_round)
+        replies = sample(
+            list_requests(tokenizer, examples, n_examples, n_calls, list_tokens, seeds),
+            n_responses=1,
+            temperature=temperature,
+            top_k=50,
+            top_p=0.9,
+            max_new_tokens=reply_tokens,
+            stop=("\n\n", next_number(n_examples)),
+        )
+        for ((ids, finished, _),) in replies:  # one response each
+            reply = tokenizer.decode(ids, skip_special_tokens=True)
+            yield instruction_of(reply, n_examples), finished
+
+    # an instruction is to be answered next: its rendered prompt leaves room for max_new_tokens
+    seen = NearDuplicateFinder(similarity, examples)
+    reason_to_drop = functools.partial(
+        why_unfit,
+        tokenizer=tokenizer,
+        model=model,
+        unfit=unfit,
+        control=control_pattern(tokenizer),
+        min_tokens=max(MIN_TOKENS, min_prompt_tokens),
+        max_tokens=min(max_prompt_tokens, limit - max_new_tokens),
+        seen=seen,
+    )
+
+    instructions = collect(wanted, call_policy, reason_to_drop, seen, counts, out, manifest)
+
+    summary = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
+    if len(instructions) < wanted:
+        raise InputError(
+            f"--task=instructions: {len(instructions)} of {wanted} distinct instructions "
+            f"({summary}); the policy repeats itself or does not go on with a list: ask for fewer, "
+            "raise --instruction_temperature, or draw prompts from the pool (--new_instructions=0 "
+            "in the loop)"
+        )
+    manifest["counts"] = counts
+    with open_output(out, manifest) as write:
+        for k, text in enumerate(instructions):
+            prompt = [{"role": "user", "content": text}]
+            write({"id": f"new-{iteration}-{RANK}-{k}", "prompt": prompt})
+    print(f"{len(instructions)} new instructions; {summary} -> {shard_path(out)}")
+
+
+def collect(wanted, call_policy, reason_to_drop, seen, counts, out, manifest):
+    """The `wanted` instructions of this process, or fewer when the calls are used up.
+
+    call_policy(n_calls, n_round) yields (text, finished); reason_to_drop(text, finished) returns a
+    key of counts or None; seen: the texts that a new one must differ from. Counts every call.
+    """
+    instructions = []
+    met_lower_ranks = RANK == 0
+    for n_round in itertools.count():
+        # the instructions of lower ranks come first: replace those that are near to one of theirs
+        if len(instructions) == wanted and not met_lower_ranks:
+            theirs = wait_for_lower_ranks(out, manifest)
+            instructions = drop_near(instructions, theirs, seen.similarity)
+            counts["known"] += wanted - len(instructions)
+            for text in theirs:
+                seen.add(text)
+            met_lower_ranks = True
+
+        missing = wanted - len(instructions)
+        if missing == 0 or counts["calls"] >= PATIENCE * max(wanted, MIN_CALLS):
+            return instructions
+
+        # one round, of a quarter more calls than are missing
+        n_calls = max(MIN_CALLS, min(MAX_CALLS, 5 * missing // 4))
+        for text, finished in call_policy(n_calls, n_round):
+            counts["calls"] += 1
+            reason = reason_to_drop(text, finished)
+            if reason:
+                counts[reason] += 1
+            elif len(instructions) < wanted:
+                seen.add(text)
+                instructions.append(text)
+        print(
+            f"round {n_round + 1}: {len(instructions)} of {wanted} instructions "
+            f"after {counts['calls']} calls",
+            flush=True,
+        )
+
+
+# ------------------------------------------------------------------------------ what a call shows
+
+
+def example_texts(pool):
+    """The distinct texts of the pool's prompts of one turn, without blank lines inside.
+
+    The last turn of a longer conversation is left out: alone it is no instruction.
+    """
+    texts = []
+    for row in pool:
+        turns = [m for m in row["prompt"] if m["role"] != "system"]
+        if len(turns) == 1:
+            # a blank line ends an item of the list
+            text = row["prompt"][-1]["content"].strip()
+            texts.append(re.sub(r"\s*\n\s*\n\s*", "\n", text))
+    return list(dict.fromkeys(texts))
+
+
+def list_requests(tokenizer, examples, n_examples, n_calls, list_tokens, seeds):
+    """Requests (ids, seed) of a round, each a list of other examples; too long ones are left out.
+
+    seeds: what the round's seeds are made of. Raises InputError when no list fits.
+    """
+    rng = random.Random(derive_seed(*seeds))
+    requests = []
+    for call in range(n_calls):
+        # heading, n_examples items, and the number of the item that the policy is to write
+        text = HEADING
+        for k, example in enumerate(rng.sample(examples, n_examples), 1):
+            text += f"\n{k}. {example}"
+        text += f"\n{n_examples + 1}."
+        ids = tokenizer(text).input_ids
+        if len(ids) <= list_tokens:
+            requests.append((ids, derive_seed(*seeds, call)))
+    if not requests:
+        raise InputError(
+            f"--task=instructions: {n_examples} examples do not fit into {list_tokens} tokens; "
+            "lower --max_prompt_tokens, --max_new_tokens or --instruction_examples"
+        )
+    return requests
+
+
+# -------------------------------------------------------------------------- what becomes of a reply
+
+
+def next_number(n_examples):
+    """How the item after the policy's own begins: there its instruction has ended."""
+    return f"\n{n_examples + 2}."
+
+
+def instruction_of(reply, n_examples):
+    """The instruction at the head of a reply, cut where the list goes on or an answer begins."""
+    item = re.split(rf"\n\s*\n|{re.escape(next_number(n_examples))}", reply)[0].strip()
+    if "example:" in item.lower():  # its answer belongs to the instruction
+        return item
+    return ANSWER.split(item)[0].strip()
+
+
+def compile_unfit(pattern):
+    """--instruction_unfit, upper and lower case alike; an empty one finds nothing."""
+    try:
+        return re.compile(pattern or "(?!)", re.IGNORECASE)
+    except re.error as e:
+        raise InputError(f"--instruction_unfit={pattern}: not a regular expression: {e}") from e
+
+
+def why_unfit(text, finished, *, tokenizer, model, unfit, control, min_tokens, max_tokens, seen):
+    """The first rule an instruction breaks (a key of counts), or None.
+
+    min_tokens: of the text; max_tokens: of the rendered prompt.
+    """
+    if not finished:
+        return "unfinished"
+    if not text:
+        return "empty"
+    if unfit.search(text):
+        return "unfit"
+    if control.search(text):
+        return "control_text"
+    if len(tokenizer(text, add_special_tokens=False).input_ids) < min_tokens:
+        return "too_short"
+    if len(render(tokenizer, [{"role": "user", "content": text}], model)) > max_tokens:
+        return "too_long"
+    if seen.is_near_duplicate(text):
+        return "known"
+    return None
+
+
+class NearDuplicateFinder:
+    """Finds whether a text is nearly equal to one of those added before.
+
+    Two texts are when the Jaccard index of their sets of three-word shingles is at least
+    `similarity`; 0: none is.
+    """
+
+    def __init__(self, similarity, texts=()):
+        self.similarity = similarity
+        self.sizes = []  # number of shingles of each text
+        self.texts_with = collections.defaultdict(list)  # shingle -> indices of texts
+        for text in texts:
+            self.add(text)
+
+    def add(self, text):
+        shingles = shingles_of(text)
+        for shingle in shingles:
+            self.texts_with[shingle].append(len(self.sizes))
+        self.sizes.append(len(shingles))
+
+    def is_near_duplicate(self, text):
+        if not self.similarity:
+            return False
+        shingles = shingles_of(text)
+        # only texts that share a shingle are looked at
+        n_shared = collections.Counter()  # index of a text -> shingles in common
+        for shingle in shingles:
+            n_shared.update(self.texts_with.get(shingle, ()))
+        for k, n in n_shared.items():
+            n_either = len(shingles) + self.sizes[k] - n
+            if n / n_either >= self.similarity:
+                return True
+        return False
+
+
+def shingles_of(text):
+    """Hashes of all three words that follow each other in a text, upper and lower case alike."""
+    words = re.findall(r"\w+", text.lower())
+    n_shingles = max(1, len(words) - 2)  # a shorter text is one shingle
+    return {hash(tuple(words[k : k + 3])) for k in range(n_shingles)}
+
+
+# ------------------------------------------------------------------------------------ other ranks
+
+
+def wait_for_lower_ranks(out, manifest):
+    """The instructions of the processes before this one, once all of them have written theirs."""
+    paths = [shard_path(out, rank) for rank in range(RANK)]
+    # a file under its final name is complete
+    while not all(map(os.path.exists, paths)):
+        time.sleep(1)
+    texts = []
+    for path in paths:
+        check_same_run(path, manifest)
+        for _, row in read_records(path):
+            texts.append(row["prompt"][0]["content"])
+    return texts
+
+
+def drop_near(texts, others, similarity):
+    """The texts that are not nearly equal to one of the others."""
+    finder = NearDuplicateFinder(similarity, others)
+    return [text for text in texts if not finder.is_near_duplicate(text)]
