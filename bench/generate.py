@@ -1,11 +1,15 @@
-"""generate.py against the bare engine: the same vLLM, prompts, seeds and settings, alternating, tokens per second after start-up.
+"""generate.py against the bare engine: the same vLLM, prompts, seeds and settings.
 
-    python bench/generate.py                    vLLM's CPU build (make vllm) or a GPU's; the embedded world's base model (tiny/prepare.py)
-    python bench/generate.py --prompts=1000 --rounds=3 --model=MODEL --max_new_tokens=2048 --dtype=bfloat16 --block=512
+    python bench/generate.py          the embedded world's base model (tiny/prepare.py), any vLLM
+    python bench/generate.py --prompts=1000 --rounds=3 --model=MODEL --max_new_tokens=2048 \\
+                             --dtype=bfloat16 --block=512
 
-Bare is one llm.generate call on ids, its outputs dropped. Ours is counted from the loaded engine to the finished file: requests, ids to text,
-records, and with fewer prompts in a block than there are the gaps between blocks too. Each side is a process of its own.
+Prints tokens per second after start-up, the two sides alternating, each in a process of its own.
+Bare is one llm.generate call on ids, whose outputs are dropped. Ours is counted from the loaded
+engine to the finished file: requests, ids to text, records, and, with fewer prompts in a block than
+there are, the gaps between blocks too.
 """
+
 import json
 import os
 import subprocess
@@ -13,61 +17,150 @@ import sys
 import tempfile
 import time
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
-asked = {"prompts": "1000", "rounds": "3", "model": os.path.join(HERE, "..", "tiny/world/base"), "max_new_tokens": "64", "dtype": "float32", "block": "2048"}
-asked |= dict(a.lstrip("-").split("=") for a in sys.argv[1:] if "=" in a)
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+settings = {
+    "prompts": "1000",
+    "rounds": "3",
+    "model": os.path.join(ROOT, "tiny/world/base"),
+    "max_new_tokens": "64",
+    "dtype": "float32",
+    "block": "2048",
+}
+for argument in sys.argv[1:]:
+    key, equals, value = argument.lstrip("-").partition("=")
+    if equals:
+        settings[key] = value
 
 
-def side(name, folder):
-    """Print {seconds, tokens}."""
-    from nanoaipo.files import read_records
-    from nanoaipo.seeds import derive_seed
-    sys.argv = ["generate.py", f"--model={asked['model']}", f"--prompts={folder}/prompts.jsonl", f"--out={folder}/{name}.jsonl", "--engine=vllm", "--n_responses=5",
-                "--temperature=1.0", f"--max_new_tokens={asked['max_new_tokens']}", f"--dtype={asked['dtype']}", f"--block={asked['block']}"]
+def load_generate(folder):
+    """generate.py as a module, with the settings of this comparison."""
     import generate
-    load, began = generate.load_engine, []
 
-    def timed(*arguments):
-        sample = load(*arguments)
-        began.append(time.perf_counter())
-        if name == "ours":
-            return sample
-        llm = next(c.cell_contents for c in sample.__closure__ if type(c.cell_contents).__name__ == "LLM")
-        return llm
+    own = {
+        "model": settings["model"],
+        "prompts": f"{folder}/prompts.jsonl",
+        "out": f"{folder}/ours.jsonl",
+        "engine": "vllm",
+        "n_responses": 5,
+        "temperature": 1.0,
+        "max_new_tokens": int(settings["max_new_tokens"]),
+        "dtype": settings["dtype"],
+        "block": int(settings["block"]),
+    }
+    vars(generate).update(own)
+    generate.config.update(own)
+    return generate
 
-    if name == "ours":
-        generate.load_engine = timed
-        generate.main()
-        seconds = time.perf_counter() - began[0]
-        tokens = sum(len(r["ids"]) for _, row in read_records(f"{folder}/ours.jsonl") for r in row["responses"])
-    else:
-        tokenizer, ends = generate.load_tokenizer(asked["model"])
-        rows, _ = generate.read_pool(tokenizer, generate.max_prompt_tokens)
-        llm = timed("vllm", asked["model"], ends, generate.max_prompt_tokens + generate.max_new_tokens, generate.config)
-        from vllm import SamplingParams
-        settings = [SamplingParams(n=5, temperature=1.0, top_k=50, top_p=1.0, max_tokens=generate.max_new_tokens, seed=derive_seed(0, 0, row["id"]), logprobs=0,
-                                   stop_token_ids=sorted(ends), detokenize=False) for row in rows]
-        began = time.perf_counter()
-        outputs = llm.generate([{"prompt_token_ids": row["prompt_ids"]} for row in rows], settings)
-        seconds = time.perf_counter() - began
-        tokens = sum(len(o.token_ids) for output in outputs for o in output.outputs)
-    print(json.dumps({"seconds": seconds, "tokens": tokens}), flush=True)
+
+def ours(folder):
+    """(Seconds, tokens) of generate.py, from the loaded engine to the finished file."""
+    from nanoaipo.files import read_records
+
+    generate = load_generate(folder)
+    load_engine = generate.load_engine
+    t0 = None
+
+    def load_and_start_clock(*args, **kwargs):
+        nonlocal t0
+        sample = load_engine(*args, **kwargs)
+        t0 = time.perf_counter()
+        return sample
+
+    generate.load_engine = load_and_start_clock
+    generate.main()
+    seconds = time.perf_counter() - t0
+
+    n_tokens = 0
+    for _, row in read_records(generate.out):
+        for response in row["responses"]:
+            n_tokens += len(response["ids"])
+    return seconds, n_tokens
+
+
+def bare(folder):
+    """(Seconds, tokens) of one llm.generate call on the same requests."""
+    from nanoaipo.engines import start_vllm
+    from nanoaipo.seeds import derive_seed
+
+    generate = load_generate(folder)
+    tokenizer, eos_ids = generate.load_tokenizer(generate.model)
+    rows, _ = generate.read_pool(tokenizer, generate.max_prompt_tokens)
+    llm = start_vllm(
+        generate.model,
+        generate.max_prompt_tokens + generate.max_new_tokens,
+        dtype=generate.dtype,
+        seed=generate.seed,
+        tensor_parallel=generate.tensor_parallel,
+        gpu_memory=generate.gpu_memory,
+    )
+    from vllm import SamplingParams
+
+    prompts = []
+    params = []
+    for row in rows:
+        prompts.append({"prompt_token_ids": row["prompt_ids"]})
+        params.append(
+            SamplingParams(
+                n=generate.n_responses,
+                temperature=generate.temperature,
+                top_k=generate.top_k,
+                top_p=generate.top_p,
+                max_tokens=generate.max_new_tokens,
+                seed=derive_seed(generate.seed, generate.iteration, row["id"]),
+                logprobs=0,
+                stop_token_ids=sorted(eos_ids),
+                detokenize=False,
+            )
+        )
+
+    t0 = time.perf_counter()
+    outputs = llm.generate(prompts, params)
+    seconds = time.perf_counter() - t0
+
+    n_tokens = 0
+    for output in outputs:
+        for response in output.outputs:
+            n_tokens += len(response.token_ids)
+    return seconds, n_tokens
+
+
+SIDES = {"ours": ours, "bare": bare}
+
+
+def run_side(name):
+    """(Seconds, tokens) of a side in a process of its own, on the first of the world's prompts."""
+    n_prompts = int(settings["prompts"])
+    with tempfile.TemporaryDirectory() as folder:
+        with open(os.path.join(ROOT, "tiny/world/prompts.jsonl")) as f:
+            lines = f.readlines()[:n_prompts]
+        with open(f"{folder}/prompts.jsonl", "w") as f:
+            f.writelines(lines)
+
+        command = [sys.executable, __file__, "--side", name, folder]
+        command += [f"--{key}={value}" for key, value in settings.items()]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    best = dict.fromkeys(SIDES, 0)
+    for n in range(int(settings["rounds"])):
+        # alternate who comes first
+        names = ("ours", "bare") if n % 2 else ("bare", "ours")
+        for name in names:
+            seconds, n_tokens = run_side(name)
+            rate = n_tokens / seconds
+            print(f"round {n + 1} {name}: {n_tokens} tokens, {rate:.0f} tokens/s", flush=True)
+            best[name] = max(rate, best[name])
+    share = best["ours"] / best["bare"]
+    print(f"{best['ours']:.0f} against {best['bare']:.0f} tokens/s, {share:.1%} of the bare engine")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--side"]:
-        side(*sys.argv[2:4])
-        sys.exit(0)
-    best = {}
-    for n in range(int(asked["rounds"])):
-        for name in (("ours", "bare") if n % 2 else ("bare", "ours")):
-            with tempfile.TemporaryDirectory() as folder:
-                with open(os.path.join(HERE, "..", "tiny/world/prompts.jsonl")) as f, open(f"{folder}/prompts.jsonl", "w") as g:
-                    g.writelines(line for line, _ in zip(f, range(int(asked["prompts"]))))
-                command = [sys.executable, __file__, "--side", name, folder, *(f"--{k}={v}" for k, v in asked.items())]
-                result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-            rate = result["tokens"] / result["seconds"]
-            print(f"round {n + 1} {name}: {result['tokens']} tokens, {rate:.0f} tokens/s", flush=True)
-            best[name] = max(rate, best.get(name, 0))
-    print(f"{best['ours']:.0f} against {best['bare']:.0f} tokens/s, {best['ours'] / best['bare']:.1%} of the bare engine")
+        name, folder = sys.argv[2:4]
+        print(json.dumps(SIDES[name](folder)), flush=True)
+    else:
+        main()
