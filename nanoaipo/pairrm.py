@@ -1,18 +1,20 @@
-"""PairRM, LLM-Blender's pairwise ranker (2306.02561), faster: the published weights and scores, whatever shares the batch.
+"""PairRM, LLM-Blender's pairwise ranker (2306.02561), faster: the published weights and scores.
 
     model, tokenizer = load_pairrm("llm-blender/PairRM", device)
-    logits = compare(model, tokenizer, prompts, candidates, batch_tokens, counts)
+    matrices = compare(model, tokenizer, prompts, candidates, batch_tokens, counts)
 
-DeBERTa-v2 reads a prompt and two candidates, a head reads the three marks before them. Comparisons of all prompts are sorted
-by length and laid end to end without padding: products run over all tokens, attention over sequences of one length at a
-time. A relative position's score depends on the distance alone, so it is computed once per distance and read through a view with
-shifted rows (Transformer-XL's trick, 1901.02860), where DeBERTa's own code gathers it for every pair of tokens.
+DeBERTa-v2 reads a prompt and two candidates, and a head reads the three marks before them.
+Comparisons of all prompts are sorted by length and laid end to end without padding: products run
+over all tokens, attention over sequences of one length at a time. A relative position's score
+depends on the distance alone, so it is computed once per distance and read through a view with
+shifted rows (Transformer-XL's trick, 1901.02860), where DeBERTa's own code gathers it for every
+pair of tokens. Scores do not depend on what shares the batch.
 """
+
 import itertools
 import json
 import os
 import re
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -22,178 +24,344 @@ from transformers import AutoConfig, AutoTokenizer, DebertaV2Model
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
 from nanoaipo.chat import encode
+from nanoaipo.errors import InputError
 from nanoaipo.packing import batches_by_length
 
-PREFIXES = ["<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"]      # their order fixes their ids
-ROWS = 64                               # of the shifted view computed at once: fewer waste less, more multiply faster
+# the marks; their order fixes their ids
+PREFIXES = ["<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"]
+ROWS = 64  # of the shifted view computed at once: fewer waste less, more multiply faster
+
+
+# -------------------------------------------------------------------------------- the model
 
 
 def add_shifted(scores, x, table):
-    """scores[..., i, j] += x_i · table_(j - i), for scores (B, H, L, L), x (B, H, L, D) and table (H, 2L - 1, D) of -L < j - i < L."""
+    """Add to scores[..., i, j] the product x_i · table_(j - i).
+
+    scores: (B, H, L, L). x: (B, H, L, D). table: (H, 2L - 1, D), of the distances -L < j - i < L.
+    """
     length = x.shape[-2]
-    for a in range(0, length, ROWS):
-        b = min(a + ROWS, length)
-        part = x[..., a:b, :] @ table[:, length - b:2 * length - 1 - a].mT                                   # (B, H, b - a, L + b - a - 1)
-        size, stride = (*part.shape[:-1], length), (*part.stride()[:-2], part.shape[-1] - 1, 1)              # every row begins one earlier
-        scores[..., a:b, :] += part.as_strided(size, stride, b - a - 1)
+    for start in range(0, length, ROWS):
+        stop = min(start + ROWS, length)
+        n_rows = stop - start
+
+        # products with every distance that these rows can have
+        distances = table[:, length - stop : 2 * length - 1 - start]  # (H, L + n_rows - 1, D)
+        products = x[..., start:stop, :] @ distances.mT  # (B, H, n_rows, L + n_rows - 1)
+
+        # the first row begins n_rows - 1 columns in, every further row one earlier
+        size = (*products.shape[:-1], length)  # (B, H, n_rows, L)
+        stride = (*products.stride()[:-2], products.shape[-1] - 1, 1)
+        scores[..., start:stop, :] += products.as_strided(size, stride, n_rows - 1)
+
+
+def split_heads(x, heads):
+    """(..., L, D) -> (..., H, L, D / H)."""
+    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def disentangled_attention(q, k, v, position_key, position_query, scale):
+    """Attention (2006.03654, Eq. 4) in B sequences of one length: (B, H, L, d) -> (B, H, L, d).
+
+    position_key: (H, 2L - 1, d), scaled, of the distances -L < j - i < L of key j from query i.
+    position_query: the same, of the distances i - j.
+    """
+    batch, heads, length, _ = q.shape
+    scores = q.new_zeros(batch, heads, length, length)
+    add_shifted(scores, q, position_key)  # content to position
+    add_shifted(scores.mT, k, position_query)  # position to content
+    return F.scaled_dot_product_attention(q, k, v, scores, scale=scale)
 
 
 class PairRM(torch.nn.Module):
-    """Parameters carry the published names: pretrained_model.*, head_layer.1.* and head_layer.4.*."""
+    """Parameters have the published names: pretrained_model.*, head_layer.1.*, head_layer.4.*."""
 
     def __init__(self, config, n_tasks=1):
         super().__init__()
+        width = config.hidden_size
         self.pretrained_model = DebertaV2Model(config)
-        d = config.hidden_size
-        self.head_layer = torch.nn.Sequential(torch.nn.Dropout(0.0), torch.nn.Linear(2 * d, d), torch.nn.Tanh(),
-                                              torch.nn.Dropout(0.0), torch.nn.Linear(d, n_tasks))
+        self.head_layer = torch.nn.Sequential(
+            torch.nn.Dropout(0.0),
+            torch.nn.Linear(2 * width, width),
+            torch.nn.Tanh(),
+            torch.nn.Dropout(0.0),
+            torch.nn.Linear(width, n_tasks),
+        )
 
     def score(self, marked):
         """Scores (B, 2) of both candidates from the hidden states of the marks (B, 3, D)."""
-        source, first, second = marked.unbind(1)
-        return self.head_layer(torch.stack([torch.cat([source, c], -1) for c in (first, second)], 1)).mean(-1)
+        source, first, second = marked.unbind(1)  # (B, D) each
+        candidates = [torch.cat([source, candidate], -1) for candidate in (first, second)]
+        return self.head_layer(torch.stack(candidates, 1)).mean(-1)
+
+    def distance_buckets(self, length, device):
+        """The row of the relative embedding for each distance i - j, falling: (2L - 1,)."""
+        encoder = self.pretrained_model.encoder
+        span = encoder.position_buckets
+        distance = torch.arange(length - 1, -length, -1, device=device)
+        bucket = make_log_bucket_position(distance, span, encoder.max_relative_positions).long()
+        return (bucket + span).clamp(0, 2 * span - 1)
 
     def forward(self, ids, lengths, marks):
-        """Scores (B, 2) of sequences laid end to end: ids (T,), their lengths in tokens, positions of the marks in ids (B, 3)."""
-        encoder, last = self.pretrained_model.encoder, self.pretrained_model.encoder.layer[-1]
-        h = self.pretrained_model.embeddings(ids[None])[0]                                                   # (T, D)
+        """Scores (B, 2) of B sequences laid end to end, sorted by length.
+
+        ids: (T,). lengths: tokens of each sequence. marks: (B, 3), positions of the marks in ids.
+        """
+        encoder = self.pretrained_model.encoder
         runs = [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
-        span, positions, buckets = encoder.position_buckets, encoder.get_rel_embedding(), {}
-        for length, _ in runs:                                          # row of `positions` for each distance i - j, falling
-            distance = torch.arange(length - 1, -length, -1, device=ids.device)
-            bucket = make_log_bucket_position(distance, span, encoder.max_relative_positions).long()
-            buckets[length] = (bucket + span).clamp(0, 2 * span - 1)
+        buckets = {length: self.distance_buckets(length, ids.device) for length, _ in runs}
+        positions = encoder.get_rel_embedding()  # (2 * span, D)
+
+        h = self.pretrained_model.embeddings(ids[None])[0]  # (T, D)
         for layer in encoder.layer:
-            context = self.attend(layer.attention.self, h, positions, runs, buckets)
-            if layer is last:                                           # the head reads the marks alone
-                context, h = context[marks], h[marks]                                                        # (B, 3, D)
+            context = self.attend(layer.attention.self, h, positions, runs, buckets)  # (T, D)
+            if layer is encoder.layer[-1]:
+                # the head reads the marks alone
+                context = context[marks]  # (B, 3, D)
+                h = h[marks]  # (B, 3, D)
             h = layer.attention.output(context, h)
             h = layer.output(layer.intermediate(h), h)
         return self.score(h.float())
 
     def attend(self, attention, h, positions, runs, buckets):
-        """Disentangled attention (2006.03654, Eq. 4): content to content, content to position, position to content."""
-        heads, width = attention.num_attention_heads, attention.attention_head_size
-        split = lambda x: x.unflatten(-1, (heads, width)).transpose(-3, -2)
-        scale = (3 * width) ** -0.5
-        query, key, value = attention.query_proj(h), attention.key_proj(h), attention.value_proj(h)          # (T, D)
-        position_key, position_query = (split(projection(positions)) * scale for projection in (attention.key_proj, attention.query_proj))
-        context, at = torch.empty_like(query), 0
+        """Disentangled attention within each sequence: (T, D) -> (T, D)."""
+        heads = attention.num_attention_heads
+        scale = (3 * attention.attention_head_size) ** -0.5
+        query = attention.query_proj(h)  # (T, D)
+        key = attention.key_proj(h)  # (T, D)
+        value = attention.value_proj(h)  # (T, D)
+        position_key = split_heads(attention.key_proj(positions), heads) * scale
+        position_query = split_heads(attention.query_proj(positions), heads) * scale
+
+        context = torch.empty_like(query)
+        start = 0
         for length, count in runs:
-            rows = slice(at, at := at + count * length)
-            q, k, v = (split(x[rows].unflatten(0, (count, length))) for x in (query, key, value))            # (B, H, L, D / H)
-            scores = q.new_zeros(count, heads, length, length)
-            add_shifted(scores, q, position_key[:, buckets[length]])
-            add_shifted(scores.mT, k, position_query[:, buckets[length].flip(0)])
-            context[rows] = F.scaled_dot_product_attention(q, k, v, scores, scale=scale).transpose(1, 2).reshape(-1, heads * width)
+            stop = start + count * length
+            q, k, v = (
+                split_heads(x[start:stop].unflatten(0, (count, length)), heads)  # (B, H, L, d)
+                for x in (query, key, value)
+            )
+            to_position = position_key[:, buckets[length]]  # (H, 2L - 1, d)
+            from_position = position_query[:, buckets[length].flip(0)]  # (H, 2L - 1, d)
+            out = disentangled_attention(q, k, v, to_position, from_position, scale)
+            context[start:stop] = out.transpose(1, 2).reshape(count * length, -1)
+            start = stop
         return context
 
 
-class PairTokenizer:
-    """[CLS] <|source|> prompt [SEP] [CLS] <|candidate1|> a [SEP] [CLS] <|candidate2|> b [SEP], as llm-blender writes it.
+# -------------------------------------------------------------------------------- text to ids
 
-    A prompt is cut at source_maxlength tokens, a candidate at candidate_maxlength plus half of what the prompt leaves (1,224
-    and 412 in the published model). llm-blender lets the longest prompt of the batch decide that; here each prompt stands
-    alone. Text that spells a mark or another control token stays text.
+
+class PairTokenizer:
+    """[CLS] <|source|> prompt [SEP] [CLS] <|candidate1|> a [SEP] [CLS] <|candidate2|> b [SEP].
+
+    So llm-blender writes it. A prompt is cut at source_maxlength tokens, a candidate at
+    candidate_maxlength plus half of what the prompt leaves (1,224 and 412 in the published model).
+    llm-blender lets the longest prompt of the batch decide that; here each prompt stands alone.
+    Text that spells a mark or another control token stays text.
     """
 
     def __init__(self, tokenizer, source_maxlength, candidate_maxlength):
         tokenizer.add_tokens(PREFIXES)
-        self.tokenizer, self.source_maxlength, self.candidate_maxlength = tokenizer, source_maxlength, candidate_maxlength
+        self.tokenizer = tokenizer
+        self.source_maxlength = source_maxlength
+        self.candidate_maxlength = candidate_maxlength
         self.prefixes = tokenizer.convert_tokens_to_ids(PREFIXES)
-        every = sorted((t.content for t in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-        self.control = re.compile("|".join(map(re.escape, every)))
+
+        # the longest first, so that no token hides a longer one that it begins
+        tokens = [token.content for token in tokenizer.added_tokens_decoder.values()]
+        tokens.sort(key=len, reverse=True)
+        self.control = re.compile("|".join(re.escape(token) for token in tokens))
 
     def segment(self, text, limit):
-        """(ids of [CLS] mark text [SEP], at most `limit`, the mark still to be filled in; whether text was cut off)."""
+        """([CLS] mark text [SEP] as at most `limit` ids, the mark still None; was text cut off?)"""
         ids = encode(self.tokenizer, text, self.control)
-        return [self.tokenizer.cls_token_id, None, *ids[:limit - 3], self.tokenizer.sep_token_id], len(ids) > limit - 3
+        room = limit - 3
+        segment = [self.tokenizer.cls_token_id, None, *ids[:room], self.tokenizer.sep_token_id]
+        return segment, len(ids) > room
 
     def candidate_limit(self, source):
+        """Ids that a candidate's segment may have beside this source's."""
         return self.candidate_maxlength + (self.source_maxlength - len(source)) // 2
 
     def join(self, *segments):
         """(ids, positions of the three marks) of a source and two candidates."""
-        ids, marks = [], []
+        ids = []
+        marks = []
         for segment, mark in zip(segments, self.prefixes):
             marks.append(len(ids) + 1)
             ids += [segment[0], mark, *segment[2:]]
         return ids, marks
 
 
+# -------------------------------------------------------------------------------- loading
+
+
+def read_ranker(name):
+    """(folder, settings in its config.json, weights) of a folder or hub name."""
+    from huggingface_hub import snapshot_download
+    from safetensors.torch import load_file
+
+    try:
+        folder = name
+        if not os.path.isdir(name):
+            patterns = ["*.json", "*.model", "*.safetensors"]
+            folder = snapshot_download(name, allow_patterns=patterns)
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+            settings = json.load(f)
+        weights = load_file(os.path.join(folder, "model.safetensors"))
+    except Exception as e:  # hub and file errors come in many classes
+        cause = str(e).splitlines()[0]
+        raise InputError(
+            f"--ranker_model={name}: no folder and no hub model with config.json and "
+            f"model.safetensors ({cause})"
+        ) from e
+    if not isinstance(settings, dict):
+        raise InputError(f"--ranker_model={name}: its config.json holds no settings")
+    return folder, settings, weights
+
+
+def find_backbone(folder, settings):
+    """The backbone's folder, as named or beside the ranker's files, or its hub name."""
+    backbone = settings.get("model_name") or folder
+    beside = os.path.join(folder, os.path.basename(backbone))
+    if not os.path.isdir(backbone) and os.path.isdir(beside):
+        return beside
+    return backbone
+
+
+def is_deberta_v3(config):
+    """Whether PairRM's forward pass computes what this configuration says."""
+    expected = {
+        "model_type": "deberta-v2",
+        "relative_attention": True,
+        "share_att_key": True,
+        "position_biased_input": False,
+        "norm_rel_ebd": "layer_norm",
+    }
+    return (
+        all(getattr(config, key, None) == value for key, value in expected.items())
+        and set(config.pos_att_type) == {"c2p", "p2c"}
+        and config.position_buckets >= 1
+        and not getattr(config, "conv_kernel_size", 0)
+    )
+
+
+def check_weights(name, expected, weights):
+    """Raise InputError unless the weights have exactly the expected names and shapes."""
+    wrong = []
+    for key in expected.keys() | weights.keys():
+        if key not in expected or key not in weights or weights[key].shape != expected[key].shape:
+            wrong.append(key)
+    if wrong:
+        raise InputError(
+            f"--ranker_model={name}: model.safetensors does not fit a PairRM, missing, foreign "
+            f"or of another shape: {', '.join(sorted(wrong)[:3])}"
+        )
+
+
 def load_pairrm(name, device):
     """(PairRM, PairTokenizer) from a folder or hub name in the layout of llm-blender/PairRM.
 
-    config.json names the backbone (model_name: a folder, or a hub name whose config and tokenizer are read) and the
-    lengths; model.safetensors must hold exactly the model's weights, else the program ends: an untrained head ranks too.
-    The encoder computes in float32 on a CPU, in bfloat16 on a GPU; the head in float32 on both.
+    config.json names the backbone (model_name: a folder, or a hub name whose config and tokenizer
+    are read) and the lengths; model.safetensors must hold exactly the model's weights, else
+    InputError: an untrained head ranks too. The encoder computes in float32 on a CPU, in bfloat16
+    on a GPU; the head in float32 on both.
     """
-    from huggingface_hub import snapshot_download
-    from safetensors.torch import load_file
-    try:
-        folder = name if os.path.isdir(name) else snapshot_download(name, allow_patterns=["*.json", "*.model", "*.safetensors"])
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            settings = json.load(f)
-        state = load_file(os.path.join(folder, "model.safetensors"))
-    except Exception as e:                                              # hub and file errors come in many classes
-        sys.exit(f"--ranker_model={name}: no folder and no hub model with config.json and model.safetensors ({str(e).splitlines()[0]})")
-    isinstance(settings, dict) or sys.exit(f"--ranker_model={name}: its config.json holds no settings")
-    backbone = settings.get("model_name") or folder
-    backbone = next((p for p in (backbone, os.path.join(folder, os.path.basename(backbone))) if os.path.isdir(p)), backbone)
-    own = os.path.exists(os.path.join(folder, "tokenizer_config.json"))
+    folder, settings, weights = read_ranker(name)
+    backbone = find_backbone(folder, settings)
+    has_tokenizer = os.path.exists(os.path.join(folder, "tokenizer_config.json"))
     try:
         config = AutoConfig.from_pretrained(backbone)
-        tokenizer = PairTokenizer(AutoTokenizer.from_pretrained(folder if own else backbone), settings["source_maxlength"], settings["candidate_maxlength"])
-        words = state["pretrained_model.embeddings.word_embeddings.weight"]
+        tokenizer = PairTokenizer(
+            AutoTokenizer.from_pretrained(folder if has_tokenizer else backbone),
+            settings["source_maxlength"],
+            settings["candidate_maxlength"],
+        )
+        embeddings = weights["pretrained_model.embeddings.word_embeddings.weight"]
     except (OSError, ValueError) as e:
-        sys.exit(f"--ranker_model={name}: its backbone {backbone} cannot be loaded ({str(e).strip().splitlines()[0]})")
+        cause = str(e).strip().splitlines()[0]
+        raise InputError(
+            f"--ranker_model={name}: its backbone {backbone} cannot be loaded ({cause})"
+        ) from e
     except KeyError as e:
-        sys.exit(f"--ranker_model={name}: no PairRM, {e} is missing")
-    kind = [getattr(config, key, None) for key in ("model_type", "relative_attention", "share_att_key", "position_biased_input", "norm_rel_ebd")]
-    if kind != ["deberta-v2", True, True, False, "layer_norm"] or set(config.pos_att_type) != {"c2p", "p2c"} or config.position_buckets < 1 or getattr(config, "conv_kernel_size", 0):
-        sys.exit(f"--ranker_model={name}: its backbone is no DeBERTa-v3 (relative positions both ways, shared projections, buckets); --ranker=llm-blender reads it")
-    config.vocab_size = len(words)
+        raise InputError(f"--ranker_model={name}: no PairRM, {e} is missing") from e
+    if not is_deberta_v3(config):
+        raise InputError(
+            f"--ranker_model={name}: its backbone is no DeBERTa-v3 (relative positions both ways, "
+            "shared projections, buckets); --ranker=llm-blender reads it"
+        )
+
+    # the vocabulary is the ranker's, which has the marks besides the backbone's
+    config.vocab_size = len(embeddings)
     with torch.device(device):
         model = PairRM(config, settings.get("n_tasks", 1)).eval()
-    want = {k: v.shape for k, v in model.state_dict().items()}
-    wrong = sorted(k for k in want.keys() | state.keys() if k not in want or k not in state or state[k].shape != want[k])
-    if wrong:
-        sys.exit(f"--ranker_model={name}: model.safetensors does not fit a PairRM, missing, foreign or of another shape: {', '.join(wrong[:3])}")
-    model.load_state_dict(state)
+    check_weights(name, model.state_dict(), weights)
+    model.load_state_dict(weights)
     if device.type == "cuda":
         model.pretrained_model.bfloat16()
-    elif torch.backends.mkldnn.is_available():                          # oneDNN's float32 products: twice as fast as MKL's on an AMD
+    elif torch.backends.mkldnn.is_available():
+        # oneDNN's float32 products: twice as fast as MKL's on an AMD
         torch.utils.mkldnn.to_mkldnn(model.pretrained_model.encoder)
     return model, tokenizer
 
 
+# -------------------------------------------------------------------------------- comparing
+
+
+def segment_prompt(tokenizer, prompt, texts, counts):
+    """[source, *candidates] of a prompt as segments of ids; counts what had to be cut."""
+    source, cut = tokenizer.segment(prompt, tokenizer.source_maxlength)
+    counts["prompts_cut"] += cut
+    limit = tokenizer.candidate_limit(source)
+    segments = [source]
+    for text in texts:
+        segment, cut = tokenizer.segment(text, limit)
+        counts["responses_cut"] += cut
+        segments.append(segment)
+    return segments
+
+
+def score_batch(model, tokenizer, triples):
+    """Log-odds that the first candidate beats the second, of B (source, first, second)."""
+    device = next(model.parameters()).device
+    ids = []
+    lengths = []
+    marks = []
+    for triple in triples:
+        sequence, positions = tokenizer.join(*triple)
+        marks.append([len(ids) + position for position in positions])
+        lengths.append(len(sequence))
+        ids += sequence
+    ids = torch.tensor(ids, device=device)  # (T,)
+    marks = torch.tensor(marks, device=device)  # (B, 3)
+    scores = model(ids, lengths, marks)  # (B, 2)
+    return (scores[:, 0] - scores[:, 1]).tolist()
+
+
 @torch.no_grad()
 def compare(model, tokenizer, prompts, candidates, batch_tokens, counts):
-    """For each prompt a matrix (N, N): [i, j] = log-odds that candidate i beats j, mean of both orders, so antisymmetric.
+    """For each prompt a matrix (N, N), float32: [i, j] is the log-odds that candidate i beats j.
 
-    Comparisons are computed longest first, about batch_tokens tokens at a time. Adds to counts what had to be cut.
+    It is the mean of both orders, so the matrix is antisymmetric. Comparisons are computed longest
+    first, about batch_tokens tokens at a time. Adds to counts what had to be cut.
     """
-    device = next(model.parameters()).device
-    segments, where = [], []                                            # of each prompt (source, *candidates); each ordered comparison
+    # every ordered comparison, of candidates i and j of prompt p
+    comparisons = []
+    triples = []
     for p, (prompt, texts) in enumerate(zip(prompts, candidates)):
-        source, cut = tokenizer.segment(prompt, tokenizer.source_maxlength)
-        counts["prompts_cut"] += cut
-        segments.append([source])
-        for text in texts:
-            segment, cut = tokenizer.segment(text, tokenizer.candidate_limit(source))
-            counts["responses_cut"] += cut
-            segments[p].append(segment)
-        where += [(p, i, j) for i, j in itertools.permutations(range(len(texts)), 2)]
+        source, *segments = segment_prompt(tokenizer, prompt, texts, counts)
+        for i, j in itertools.permutations(range(len(texts)), 2):
+            comparisons.append((p, i, j))
+            triples.append((source, segments[i], segments[j]))
+    lengths = [sum(len(segment) for segment in triple) for triple in triples]
+
     matrices = [torch.zeros(len(texts), len(texts)) for texts in candidates]
-    with tqdm(total=len(where), desc="rank", unit="cmp", disable=not where) as bar:
-        for batch in batches_by_length([len(segments[p][0]) + len(segments[p][i + 1]) + len(segments[p][j + 1]) for p, i, j in where], batch_tokens):
-            batch = [where[k] for k in batch]
-            rows = [tokenizer.join(segments[p][0], segments[p][i + 1], segments[p][j + 1]) for p, i, j in batch]
-            lengths = [len(ids) for ids, _ in rows]
-            starts = itertools.accumulate(lengths[:-1], initial=0)
-            marks = torch.tensor([[start + mark for mark in marks] for (_, marks), start in zip(rows, starts)], device=device)
-            scores = model(torch.tensor([i for ids, _ in rows for i in ids], device=device), lengths, marks)
-            for (p, i, j), logit in zip(batch, (scores[:, 0] - scores[:, 1]).tolist()):
+    with tqdm(total=len(triples), desc="rank", unit="cmp", disable=not triples) as bar:
+        for batch in batches_by_length(lengths, batch_tokens):
+            logits = score_batch(model, tokenizer, [triples[k] for k in batch])
+            for k, logit in zip(batch, logits):
+                p, i, j = comparisons[k]
                 matrices[p][i, j] += logit / 2
                 matrices[p][j, i] -= logit / 2
             bar.update(len(batch))
