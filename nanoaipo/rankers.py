@@ -3,21 +3,23 @@
     rank = load_ranker("pairrm", "llm-blender/PairRM", settings, counts)
     for scores, odds in rank(rows): ...
 
-A row has `prompt` (messages), `texts` (its distinct responses, any number), `id`, and `answer` where prompts carry one. For each
-row come odds (N, N), antisymmetric: [i, j] is the log-odds that i beats j; and scores (N,), higher is better, nan where a judge
-gave none; or None in their place, where the odds say all there is. Both float32. A ranker takes the settings that its
-signature names, and adds what went wrong to `counts`.
+A row has `prompt` (messages), `texts` (its distinct responses, any number), `id`, and `answer`
+where prompts carry one. For each row come odds (N, N), antisymmetric: [i, j] is the log-odds that i
+beats j; and scores (N,), higher is better, nan where a judge gave none; or None in their place,
+where the odds say all there is. Both are float32. A ranker takes the settings that its signature
+names, and adds what went wrong to `counts`. A new ranker is one function and one entry in RANKERS.
 """
+
 import importlib
 import itertools
 import os
 import re
-import sys
 
 import torch
 from tqdm import tqdm
 
 from nanoaipo.chat import control_pattern, load_tokenizer, render
+from nanoaipo.errors import InputError
 from nanoaipo.grading import is_right
 from nanoaipo.judges import from_rewards, judge, prompt_text, zermelo
 from nanoaipo.packing import batches_by_length
@@ -25,116 +27,232 @@ from nanoaipo.processes import pick_device
 
 
 def pairrm(model, counts, *, rank_batch_tokens, **_):
-    """PairRM, ours (pairrm.py)."""
+    """PairRM, our own implementation (pairrm.py)."""
     from nanoaipo.pairrm import compare, load_pairrm
-    model, tokenizer = load_pairrm(model, pick_device())
-    return lambda rows: [(None, odds) for odds in compare(model, tokenizer, [prompt_text(row["prompt"]) for row in rows],
-                                                          [row["texts"] for row in rows], rank_batch_tokens, counts)]
+
+    network, tokenizer = load_pairrm(model, pick_device())
+
+    def rank(rows):
+        prompts = [prompt_text(row["prompt"]) for row in rows]
+        texts = [row["texts"] for row in rows]
+        matrices = compare(network, tokenizer, prompts, texts, rank_batch_tokens, counts)
+        return [(None, odds) for odds in matrices]
+
+    return rank
 
 
 def import_llm_blender():
-    """The package (llm-blender 0.0.2), two names put back that transformers 5 no longer has."""
+    """The package (llm-blender 0.0.2), with two names put back that transformers 5 lacks."""
     import transformers.utils.hub
     from transformers import PreTrainedTokenizerBase
+
     transformers.utils.hub.TRANSFORMERS_CACHE = os.path.expanduser("~/.cache/huggingface/hub")
     PreTrainedTokenizerBase.batch_encode_plus = PreTrainedTokenizerBase.__call__
     try:
         return importlib.import_module("llm_blender")
     except ImportError as e:
-        sys.exit(f"--ranker=llm-blender: {e}; pip install llm-blender==0.0.2, or take --ranker=pairrm: same weights, same scores")
+        raise InputError(
+            f"--ranker=llm-blender: {e}; pip install llm-blender==0.0.2, "
+            "or take --ranker=pairrm: same weights, same scores"
+        ) from e
 
 
 def llm_blender(model, counts, **_):
-    """The package itself; its truncation depends on the batch."""
+    """PairRM by its authors' package, whose truncation depends on the batch."""
     blender = import_llm_blender().Blender()
     blender.loadranker(model, device=pick_device().type)
 
     def rank(rows):
-        where = [(row, i, j) for row in rows for i, j in itertools.combinations(range(len(row["texts"])), 2)]
-        logits = where and blender.compare(*([prompt_text(row["prompt"]) for row, *_ in where], [row["texts"][i] for row, i, _ in where],
-                                             [row["texts"][j] for row, _, j in where]), return_logits=True, mode="[A,B]+[B,A]").tolist()
-        odds = {id(row): torch.zeros(len(row["texts"]), len(row["texts"])) for row in rows}
-        for (row, i, j), twice in zip(where, logits):                   # it returns logit_ij - logit_ji, twice their mean
-            odds[id(row)][i, j], odds[id(row)][j, i] = twice / 2, -twice / 2
-        return [(None, odds[id(row)]) for row in rows]
+        comparisons = []  # (index of the row, i, j)
+        for r, row in enumerate(rows):
+            for i, j in itertools.combinations(range(len(row["texts"])), 2):
+                comparisons.append((r, i, j))
+
+        logits = []
+        if comparisons:
+            logits = blender.compare(
+                [prompt_text(rows[r]["prompt"]) for r, _, _ in comparisons],
+                [rows[r]["texts"][i] for r, i, _ in comparisons],
+                [rows[r]["texts"][j] for r, _, j in comparisons],
+                return_logits=True,
+                mode="[A,B]+[B,A]",
+            ).tolist()
+
+        # it returns logit_ij - logit_ji, which is twice their mean
+        matrices = [torch.zeros(len(row["texts"]), len(row["texts"])) for row in rows]  # (N, N)
+        for (r, i, j), logit in zip(comparisons, logits):
+            matrices[r][i, j] = logit / 2
+            matrices[r][j, i] = -logit / 2
+        return [(None, odds) for odds in matrices]
 
     return rank
 
 
-def reward(model, counts, *, rank_batch_tokens, reward_temperature=1.0, **_):
-    """A scalar reward model: AutoModelForSequenceClassification with one label, over the conversation in its own template."""
+def load_reward_model(model, device):
+    """A model with one label and trained weights for it, in bfloat16 on a GPU."""
     from transformers import AutoModelForSequenceClassification
-    device = pick_device()
-    tokenizer, _ = load_tokenizer(model, "ranker_model")
-    control = control_pattern(tokenizer)
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         network, loading = AutoModelForSequenceClassification.from_pretrained(
-            model, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, output_loading_info=True)
+            model, dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError) as e:
-        sys.exit(f"--ranker_model={model}: no reward model that transformers knows ({str(e).strip().splitlines()[0]})")
-    network.config.num_labels == 1 or sys.exit(f"--ranker_model={model}: a reward model has one label, this one has {network.config.num_labels}")
-    loading["missing_keys"] and sys.exit(f"--ranker_model={model}: its weights lack {sorted(loading['missing_keys'])[:3]}; no reward model was trained here")
-    network.to(device).eval()
-    own = network.config.pad_token_id
+        cause = str(e).strip().splitlines()[0]
+        raise InputError(
+            f"--ranker_model={model}: no reward model that transformers knows ({cause})"
+        ) from e
+    n_labels = network.config.num_labels
+    if n_labels != 1:
+        raise InputError(
+            f"--ranker_model={model}: a reward model has one label, this one has {n_labels}"
+        )
 
-    @torch.no_grad()
+    # a head that was never trained would rank too
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])[:3]
+        raise InputError(
+            f"--ranker_model={model}: its weights lack {missing}; no reward model was trained here"
+        )
+    return network.to(device).eval()
+
+
+def unused_id(sequences):
+    """The smallest token id in none of the sequences."""
+    used = set(itertools.chain.from_iterable(sequences))
+    return next(i for i in itertools.count() if i not in used)
+
+
+@torch.no_grad()
+def rewards_of(network, sequences, pad_id):
+    """Rewards (B,) of B conversations as ids; pad_id: the model's own, or None."""
+    # the model reads the last token that is not padding, so padding must be an id not in use
+    if pad_id is None:
+        pad_id = unused_id(sequences)
+        network.config.pad_token_id = pad_id
+    rows = [torch.tensor(ids) for ids in sequences]
+    x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)  # (B, L)
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    mask = torch.arange(x.shape[1]) < lengths[:, None]  # (B, L)
+    output = network(x.to(network.device), attention_mask=mask.long().to(network.device))
+    return output.logits[:, 0].float().tolist()
+
+
+def reward(model, counts, *, rank_batch_tokens, reward_temperature=1.0, **_):
+    """A scalar reward model: one label for the whole conversation, in the model's own template."""
+    tokenizer, _ = load_tokenizer(model, "ranker_model")
+    control = control_pattern(tokenizer)
+    network = load_reward_model(model, pick_device())
+    pad_id = network.config.pad_token_id
+
+    def conversation_ids(row, text):
+        messages = row["prompt"] + [{"role": "assistant", "content": text}]
+        return render(tokenizer, messages, f"prompt '{row['id']}'", control, opens=False)
+
     def rank(rows):
-        ids = [render(tokenizer, row["prompt"] + [{"role": "assistant", "content": text}], f"prompt '{row['id']}'", control, opens=False)
-               for row in rows for text in row["texts"]]
-        rewards = [0.0] * len(ids)
-        with tqdm(total=len(ids), desc="rank", unit="resp") as bar:
-            for batch in batches_by_length([len(i) for i in ids], rank_batch_tokens):
-                if own is None:                                         # it reads the last token that is no padding: take an id not in use
-                    network.config.pad_token_id = next(i for i in itertools.count() if not any(i in ids[r] for r in batch))
-                pad = network.config.pad_token_id
-                x = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids[r]) for r in batch], batch_first=True, padding_value=pad)
-                mask = torch.arange(x.shape[1]) < torch.tensor([len(ids[r]) for r in batch])[:, None]                 # (B, L)
-                for r, logit in zip(batch, network(x.to(device), attention_mask=mask.long().to(device)).logits[:, 0].float().tolist()):
-                    rewards[r] = logit
+        sequences = [conversation_ids(row, text) for row in rows for text in row["texts"]]
+        lengths = [len(ids) for ids in sequences]
+
+        # longest first, and back into the order of the texts
+        rewards = [0.0] * len(sequences)
+        with tqdm(total=len(sequences), desc="rank", unit="resp") as bar:
+            for batch in batches_by_length(lengths, rank_batch_tokens):
+                batch_rewards = rewards_of(network, [sequences[k] for k in batch], pad_id)
+                for k, value in zip(batch, batch_rewards):
+                    rewards[k] = value
                 bar.update(len(batch))
-        rewards = iter(rewards)
-        return [from_rewards(list(itertools.islice(rewards, len(row["texts"]))), reward_temperature) for row in rows]
+
+        # each row takes as many as it has texts
+        labels = []
+        start = 0
+        for row in rows:
+            end = start + len(row["texts"])
+            labels.append(from_rewards(rewards[start:end], reward_temperature))
+            start = end
+        return labels
 
     return rank
 
 
 def answer(model, counts, *, reward_temperature=1.0, **_):
-    """Exact match with the prompt's `answer` (data.py): 1 or 0, as Iterative RPO has it (2404.19733)."""
+    """1 for a response that gives the prompt's `answer`, else 0 (Iterative RPO, 2404.19733)."""
+
     def rank(rows):
         for row in rows:
-            row.get("answer") is not None or sys.exit(f"--ranker=answer: prompt '{row['id']}' has no 'answer'")
+            place = f"--ranker=answer: prompt '{row['id']}'"
+            if row.get("answer") is None:
+                raise InputError(f"{place} has no 'answer'")
             try:
-                yield from_rewards([float(is_right(text, row["answer"])) for text in row["texts"]], reward_temperature)
+                rewards = [float(is_right(text, row["answer"])) for text in row["texts"]]
             except (LookupError, TypeError, re.error) as e:
-                sys.exit(f"--ranker=answer: prompt '{row['id']}': its 'answer' is not as data.py has it ({type(e).__name__}: {e})")
+                raise InputError(
+                    f"{place}: its 'answer' is not as data.py has it ({type(e).__name__}: {e})"
+                ) from e
+            yield from_rewards(rewards, reward_temperature)
 
     return rank
+
+
+def parse_annotators(spec):
+    """[(ranker, model)] of "pairrm:MODEL reward:MODEL ..."."""
+    names = [name for name in RANKERS if name != "annotators"]
+    annotators = []
+    for part in spec.split():
+        name, _, path = part.partition(":")
+        annotators.append((name, path))
+    if not annotators or not all(name in names and path for name, path in annotators):
+        raise InputError(
+            f'--ranker_model={spec}: names annotators as "pairrm:MODEL reward:MODEL ...", '
+            f"with rankers {', '.join(names)}"
+        )
+    return annotators
 
 
 def annotators(model, counts, *, annotator_votes=9, pseudo_count=0.5, **settings):
-    """Several rankers vote on every pair; `model` names them: "pairrm:llm-blender/PairRM reward:Skywork/...".
+    """Several rankers vote on every pair; `model` names them: "pairrm:MODEL reward:MODEL ...".
 
-    annotator_votes = 0: each casts one vote for the response it puts first. k: each casts k votes, split by its probability.
-    Scores are the Bradley-Terry log-strengths of the votes, odds their differences: iREPO's label z.
+    annotator_votes = 0: each casts one vote for the response it puts first. k: each casts k votes,
+    split by its probability. Scores are the Bradley-Terry log-strengths of the votes, odds their
+    differences: iREPO's label z (2405.15230).
     """
-    voters = [spec.partition(":") for spec in model.split()]
-    voters and all(name in RANKERS and name != "annotators" and path for name, _, path in voters) or sys.exit(
-        f'--ranker_model={model}: names annotators as "pairrm:MODEL reward:MODEL ...", with rankers {", ".join(k for k in RANKERS if k != "annotators")}')
+    voters = parse_annotators(model)
+    settings["pseudo_count"] = pseudo_count
 
     def rank(rows):
-        wins = [torch.zeros(len(row["texts"]), len(row["texts"])) for row in rows]
-        for name, _, path in voters:
-            for w, (_, odds) in zip(wins, load_ranker(name, path, settings | {"pseudo_count": pseudo_count}, counts)(rows)):
-                votes = annotator_votes * odds.sigmoid() if annotator_votes else (odds.sign() + 1) / 2
-                w += torch.where(odds.isnan(), 0, votes)
-        return [from_rewards(w.tolist(), 1.0) for w in zermelo(wins, pseudo_count)]
+        wins = [torch.zeros(len(row["texts"]), len(row["texts"])) for row in rows]  # (N, N)
+
+        # one annotator after the other, so that one model at a time is in memory
+        for name, path in voters:
+            labels = load_ranker(name, path, settings, counts)(rows)
+            for won, (_, odds) in zip(wins, labels):
+                if annotator_votes:
+                    votes = annotator_votes * odds.sigmoid()  # (N, N)
+                else:
+                    votes = (odds.sign() + 1) / 2  # (N, N), equals share the vote
+                won += torch.where(odds.isnan(), 0, votes)
+
+        strengths = zermelo(wins, pseudo_count)  # (N,) each
+        return [from_rewards(w.tolist(), 1.0) for w in strengths]
 
     return rank
 
 
-RANKERS = {"pairrm": pairrm, "llm-blender": llm_blender, "reward": reward, "judge": judge, "answer": answer,
-           "annotators": annotators}
+RANKERS = {
+    "pairrm": pairrm,
+    "llm-blender": llm_blender,
+    "reward": reward,
+    "judge": judge,
+    "answer": answer,
+    "annotators": annotators,
+}
+
+
 def load_ranker(ranker, model, settings, counts):
-    """The ranker's function over rows, see above; model: folder or hub name, or the name of a model at judge_url."""
-    ranker in RANKERS or sys.exit(f"--ranker={ranker}: there are {', '.join(RANKERS)}")
+    """The ranker's function over rows, see above.
+
+    model: folder or hub name, or the name of a model at judge_url. Raises InputError for a ranker
+    that is not in the table, and for a model that the ranker cannot use.
+    """
+    if ranker not in RANKERS:
+        raise InputError(f"--ranker={ranker}: there are {', '.join(RANKERS)}")
     return RANKERS[ranker](model, counts, **settings)
