@@ -1,11 +1,14 @@
-"""rank.py's PairRM against llm-blender's: the same weights, prompts and candidates, alternating in one run, scores compared.
+"""rank.py's PairRM against llm-blender's: same weights, prompts and candidates, scores compared.
 
-    python bench/rank.py                        on this machine's CPU, then on its GPU where it has one
+    python bench/rank.py                      on this CPU, then on a GPU where there is one
     python bench/rank.py --prompts=100 --rounds=3
 
-Each side runs in a process of its own; counted are tokenizing and comparing, not loading. Lengths are log-normal, 5 candidates a
-prompt, and no text is long enough to be cut. The share of the matrix rate counts the products of unpadded sequences, each once.
+The two alternate in one run, each in a process of its own; tokenizing and comparing count, loading
+does not. Lengths are log-normal, 5 candidates a prompt, and no text is long enough to be cut. The
+share of the matrix rate counts the products of unpadded sequences, each once.
 """
+
+import collections
 import json
 import math
 import os
@@ -16,99 +19,253 @@ import tempfile
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SHAPES = {"cpu": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536),          # 13.4M with the vocabulary
-          "cuda": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)}       # DeBERTa-v3-large's body
-VOCABULARY, SPECIALS = 6000, ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+sys.path.insert(0, os.path.dirname(HERE))
+N_CANDIDATES = 5
+COMPARISONS = N_CANDIDATES * (N_CANDIDATES - 1)  # of a prompt, in both orders
+VOCABULARY = 6000
+SPECIALS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+SHAPES = {
+    # 13.4M parameters with the vocabulary
+    "cpu": dict(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1536
+    ),
+    # the body of DeBERTa-v3-large
+    "cuda": dict(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+    ),
+}
 
 
-def make(folder, shape, n_prompts):
-    """A random PairRM in the published layout, one token per word, and texts of words."""
+# -------------------------------------------------------------------------------- what is ranked
+
+
+def word_list():
+    from nanoaipo.pairrm import PREFIXES
+
+    return [f"w{n}" for n in range(VOCABULARY - len(SPECIALS) - len(PREFIXES))]
+
+
+def build_tokenizer(folder):
+    """Save a tokenizer of one token per word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {token: n for n, token in enumerate(SPECIALS + word_list())}
+    core = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+        mask_token="[MASK]",
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def build_ranker(folder, shape):
+    """Save a random PairRM in the published layout."""
     import torch
     from safetensors.torch import save_file
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import DebertaV2Config, PreTrainedTokenizerFast
-    sys.path.insert(0, os.path.dirname(HERE))
-    from nanoaipo.pairrm import PREFIXES, PairRM
-    words = SPECIALS + [f"w{n}" for n in range(VOCABULARY - len(SPECIALS) - len(PREFIXES))]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
-    special = dict(zip(("pad_token", "cls_token", "sep_token", "unk_token", "mask_token"), SPECIALS))
-    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(f"{folder}/backbone")
+    from transformers import DebertaV2Config
+
+    from nanoaipo.pairrm import PairRM
+
+    backbone = os.path.join(folder, "backbone")
+    build_tokenizer(backbone)
     torch.manual_seed(0)
-    model = PairRM(DebertaV2Config(
-        vocab_size=VOCABULARY, max_position_embeddings=512, type_vocab_size=0, relative_attention=True, pos_att_type=["p2c", "c2p"],
-        position_buckets=256, max_relative_positions=-1, norm_rel_ebd="layer_norm", share_att_key=True, position_biased_input=False,
-        pad_token_id=0, initializer_range=0.08, **shape))
+    config = DebertaV2Config(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=512,
+        type_vocab_size=0,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=256,
+        max_relative_positions=-1,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        position_biased_input=False,
+        pad_token_id=0,
+        initializer_range=0.08,
+        **shape,
+    )
+    model = PairRM(config)
     torch.nn.init.normal_(model.head_layer[4].weight, std=0.3)
-    model.pretrained_model.save_pretrained(f"{folder}/backbone")
-    save_file(model.state_dict(), f"{folder}/model.safetensors", metadata={"format": "pt"})
-    json.dump({"ranker_type": "pairranker", "model_type": "deberta", "model_name": f"{folder}/backbone", "source_maxlength": 1224,
-               "candidate_maxlength": 412, "n_tasks": 1, "drop_out": 0.05, "fp16": False}, open(f"{folder}/config.json", "w"))
-    draw = random.Random(0)
+    model.pretrained_model.save_pretrained(backbone)
+    weights = os.path.join(folder, "model.safetensors")
+    save_file(model.state_dict(), weights, metadata={"format": "pt"})
+    settings = {
+        "ranker_type": "pairranker",
+        "model_type": "deberta",
+        "model_name": backbone,
+        "source_maxlength": 1224,
+        "candidate_maxlength": 412,
+        "n_tasks": 1,
+        "drop_out": 0.05,
+        "fp16": False,
+    }
+    with open(os.path.join(folder, "config.json"), "w") as f:
+        json.dump(settings, f)
+
+
+def write_texts(folder, n_prompts):
+    """Prompts and candidates of random words, as [prompts, candidates] in texts.json."""
+    rng = random.Random(0)
+    words = word_list()
 
     def text(median):
-        return " ".join(draw.choices(words[len(SPECIALS):], k=max(3, min(400, round(draw.lognormvariate(math.log(median), 0.7))))))
+        length = round(rng.lognormvariate(math.log(median), 0.7))
+        return " ".join(rng.choices(words, k=max(3, min(400, length))))
 
-    json.dump([[text(40) for _ in range(n_prompts)], [[text(80) for _ in range(5)] for _ in range(n_prompts)]], open(f"{folder}/texts.json", "w"))
+    prompts = [text(40) for _ in range(n_prompts)]
+    candidates = [[text(80) for _ in range(N_CANDIDATES)] for _ in range(n_prompts)]
+    with open(os.path.join(folder, "texts.json"), "w") as f:
+        json.dump([prompts, candidates], f)
 
 
-def side(name, folder, device):
-    """Run in a process of its own: print {seconds, scores, share of the matrix rate}."""
+# -------------------------------------------------------------------------------- the two sides
+
+
+def load_ours(folder, device):
+    """A function from prompts and candidates to scores, a list of N for each prompt."""
     import torch
-    sys.path.insert(0, os.path.dirname(HERE))
-    import collections
+
     from nanoaipo import pairrm
+
+    model, tokenizer = pairrm.load_pairrm(folder, torch.device(device))
+    batch_tokens = 16384 if device == "cuda" else 4096
+
+    def rank(prompts, candidates):
+        counts = collections.Counter()
+        matrices = pairrm.compare(model, tokenizer, prompts, candidates, batch_tokens, counts)
+        return [(2 * odds.mean(1)).tolist() for odds in matrices]
+
+    return rank
+
+
+def load_llm_blender(folder, device):
+    """The same by llm-blender."""
     from nanoaipo import rankers
-    prompts, candidates = json.load(open(f"{folder}/texts.json"))
+
+    blender = rankers.import_llm_blender().Blender()
+    blender.loadranker(folder, device=device)
+
+    def rank(prompts, candidates):
+        return blender.rank(prompts, candidates, return_scores=True, disable_tqdm=True).tolist()
+
+    return rank
+
+
+SIDES = {"ours": load_ours, "llm-blender": load_llm_blender}
+
+
+def matmul_share(prompts, candidates, seconds, device):
+    """Share of the device's matrix rate that the products of unpadded sequences make up."""
+    import torch
+
+    from nanoaipo.policy import matmul_rate
+
+    # a text has three ids around it, a sequence is a prompt and two candidates
+    lengths = []
+    for prompt, texts in zip(prompts, candidates):
+        n_prompt = len(prompt.split()) + 3
+        n_texts = [len(text.split()) + 3 for text in texts]
+        for k, first in enumerate(n_texts):
+            for n, second in enumerate(n_texts):
+                if k != n:
+                    lengths.append(n_prompt + first + second)
+
+    # two operations a product; content is multiplied twice, position twice
+    width = SHAPES[device]["hidden_size"]
+    layers = SHAPES[device]["num_hidden_layers"]
+    dense = layers * width * (8 * width + 4 * SHAPES[device]["intermediate_size"])
+    attention = layers * 8 * width
+    flops = sum(n * dense + n * n * attention for n in lengths)
+
+    if device == "cuda":
+        rate = matmul_rate(4096, torch.device(device), torch.bfloat16)
+    else:
+        rate = matmul_rate(1024, torch.device(device), torch.float32)
+    return flops / seconds / rate
+
+
+def run_side(name, folder, device):
+    """Run in a process of its own: print {seconds, scores, share of the matrix rate}."""
+    with open(os.path.join(folder, "texts.json")) as f:
+        prompts, candidates = json.load(f)
+    rank = SIDES[name](folder, device)
+
+    # the first call warms up
+    rank(prompts[:8], candidates[:8])
+    t0 = time.perf_counter()
+    scores = rank(prompts, candidates)
+    seconds = time.perf_counter() - t0
+
     share = None
     if name == "ours":
-        model, tokenizer = pairrm.load_pairrm(folder, torch.device(device))
-        run = lambda p, c: [(2 * m.mean(1)).tolist() for m in pairrm.compare(model, tokenizer, p, c, 16384 if device == "cuda" else 4096, collections.Counter())]
-    else:
-        blender = rankers.import_llm_blender().Blender()
-        blender.loadranker(folder, device=device)
-        run = lambda p, c: blender.rank(p, c, return_scores=True, disable_tqdm=True).tolist()
-    run(prompts[:8], candidates[:8])                                    # warms up
-    began = time.perf_counter()
-    scores = run(prompts, candidates)
-    seconds = time.perf_counter() - began
-    if name == "ours":
-        from nanoaipo.policy import matmul_rate
-        count = lambda t: len(t.split()) + 3
-        lengths = [count(p) + count(a) + count(b) for p, texts in zip(prompts, candidates) for k, a in enumerate(texts) for n, b in enumerate(texts) if k != n]
-        s = SHAPES[device]
-        dense = s["num_hidden_layers"] * s["hidden_size"] * (8 * s["hidden_size"] + 4 * s["intermediate_size"])
-        flops = sum(n * dense + s["num_hidden_layers"] * 8 * s["hidden_size"] * n * n for n in lengths)                # content twice, position twice
-        share = flops / seconds / matmul_rate(4096 if device == "cuda" else 1024, torch.device(device), torch.bfloat16 if device == "cuda" else torch.float32)
+        share = matmul_share(prompts, candidates, seconds, device)
     print(json.dumps({"seconds": seconds, "scores": scores, "share": share}))
 
 
+def start_side(name, folder, device):
+    """What run_side prints, from a new process."""
+    command = [sys.executable, __file__, "--side", name, folder, device]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# -------------------------------------------------------------------------------- the comparison
+
+
 def bench(device, n_prompts, rounds):
+    """Print the speed of both, the best of `rounds`, and how far their scores are apart."""
+    n_comparisons = COMPARISONS * n_prompts
+    best = {}
     with tempfile.TemporaryDirectory() as folder:
-        make(folder, SHAPES[device], n_prompts)
-        best = {}
+        build_ranker(folder, SHAPES[device])
+        write_texts(folder, n_prompts)
         for n in range(rounds):
-            for name in ("ours", "llm-blender"):
-                text = subprocess.run([sys.executable, __file__, "--side", name, folder, device], check=True, stdout=subprocess.PIPE, text=True).stdout
-                result = json.loads(text.splitlines()[-1])
-                print(f"{device} round {n + 1} {name}: {20 * n_prompts / result['seconds']:.1f} comparisons/s", flush=True)
-                best[name] = min(result, best.get(name, result), key=lambda r: r["seconds"])
-    ours, theirs = best["ours"], best["llm-blender"]
-    apart = max(abs(a - b) for x, y in zip(ours["scores"], theirs["scores"]) for a, b in zip(x, y))
-    widest = max(map(abs, sum(theirs["scores"], [])))
-    print(f"{device}: {20 * n_prompts / ours['seconds']:.1f} against {20 * n_prompts / theirs['seconds']:.1f} comparisons/s, {theirs['seconds'] / ours['seconds']:.2f} x; "
-          f"{ours['share']:.0%} of the matrix rate; scores {apart:.1e} apart, the largest {widest:.2f}")
+            for name in SIDES:
+                result = start_side(name, folder, device)
+                speed = n_comparisons / result["seconds"]
+                print(f"{device} round {n + 1} {name}: {speed:.1f} comparisons/s", flush=True)
+                if name not in best or result["seconds"] < best[name]["seconds"]:
+                    best[name] = result
+
+    ours = best["ours"]
+    theirs = best["llm-blender"]
+    differences = []
+    for our_scores, their_scores in zip(ours["scores"], theirs["scores"]):
+        differences += [abs(a - b) for a, b in zip(our_scores, their_scores)]
+    largest = max(abs(score) for scores in theirs["scores"] for score in scores)
+    print(
+        f"{device}: {n_comparisons / ours['seconds']:.1f} "
+        f"against {n_comparisons / theirs['seconds']:.1f} comparisons/s, "
+        f"{theirs['seconds'] / ours['seconds']:.2f} x; {ours['share']:.0%} of the matrix rate; "
+        f"scores {max(differences):.1e} apart, the largest {largest:.2f}"
+    )
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--side"]:
-        side(*sys.argv[2:])
-        sys.exit(0)
-    asked = dict(a.lstrip("-").split("=") for a in sys.argv[1:])
-    bench("cpu", int(asked.get("prompts", 60)), int(asked.get("rounds", 3)))
+def main():
     import torch
+
+    settings = {"prompts": 60, "rounds": 3}
+    for argument in sys.argv[1:]:
+        key, _, value = argument.removeprefix("--").partition("=")
+        settings[key] = int(value)
+    bench("cpu", settings["prompts"], settings["rounds"])
     if torch.cuda.is_available():
         bench("cuda", 500, 2)
     else:
         print("no CUDA device: the GPU half was not run")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--side"]:
+        run_side(*sys.argv[2:])
+    else:
+        main()
