@@ -2,129 +2,321 @@
 
     replies = ask(questions, "pairs.jsonl", endpoint("https://api.openai.com/v1", 16))
 
-A question is a JSON object with model, messages, temperature, max_tokens, and whatever else tells it from the others; its reply is text.
+A question is a JSON object with model, messages, temperature, max_tokens, and whatever else tells
+it from the others; its reply is text.
 """
+
 import concurrent.futures
 import glob
 import hashlib
 import json
 import os
-import sys
 import threading
 
 from tqdm import tqdm
 
 from nanoaipo.chat import control_pattern, load_tokenizer, render
-from nanoaipo.engines import load_engine, context_length
+from nanoaipo.engines import context_length, load_engine
+from nanoaipo.errors import InputError
 from nanoaipo.files import shard_path
 from nanoaipo.seeds import derive_seed
 
-PARAMETERS = ("model", "messages", "temperature", "top_p", "max_tokens", "logprobs", "top_logprobs")
-OPTIONAL = {*PARAMETERS} - {"model", "messages"}                        # some models refuse some of them
+REQUIRED = ("model", "messages")
+OPTIONAL = ("temperature", "top_p", "max_tokens", "logprobs", "top_logprobs")
+CANNOT_ANSWER = (400, 413, 422)  # status of a question that is refused: too long, filtered
+TRIES = 4  # of a question that is answered with nothing in it
+BLOCK = 512  # questions between two savings of a local model's replies
 
 
 def endpoint(url, concurrency):
-    """A way to answer questions: an OpenAI-compatible endpoint, `concurrency` requests at a time, the key from OPENAI_API_KEY.
+    """A way to answer questions: an OpenAI-compatible endpoint, the key from OPENAI_API_KEY.
 
-    The client repeats what fails in passing (no connection, 429, 5xx, no answer for two minutes) up to 20 times, 8 seconds
-    apart at most. A parameter that the model does not know is left out, aloud. What the endpoint refuses to answer (400, 413, 422:
-    too long, filtered), or answers four times with nothing in it, has an error for a reply; any other refusal ends the program.
-    However it ends, requests under way are waited for, and their replies kept.
+    `concurrency` requests are under way at a time. The client repeats what fails in passing (no
+    connection, 429, 5xx, no answer for two minutes) up to 20 times, 8 seconds apart at most. A
+    parameter that the model does not know is left out from then on, and a line says so. What the
+    endpoint refuses to answer (400, 413, 422) or answers four times with nothing in it has an error
+    for a reply; any other refusal raises InputError. However it ends, requests under way are waited
+    for, and their replies kept.
     """
-    from openai import APIStatusError, OpenAI, OpenAIError
+    from openai import OpenAI, OpenAIError
+
     key = os.environ.get("OPENAI_API_KEY") or "none"
-    key.isascii() or sys.exit("OPENAI_API_KEY: has characters that no key has")
+    if not key.isascii():
+        raise InputError("OPENAI_API_KEY: has characters that no key has")
     client = OpenAI(base_url=url, api_key=key, max_retries=20, timeout=120)
-
-    refused = set()                                                     # parameters that this model does not take
-
-    def one(question, tries=3):
-        asked = {k: question[k] for k in PARAMETERS if k in question and k not in refused}
-        if "max_tokens" in refused:                                     # reasoning models have another name for it
-            asked["max_completion_tokens"] = question["max_tokens"]
-        try:
-            response = client.chat.completions.with_raw_response.create(**asked)
-        except APIStatusError as e:
-            if e.status_code not in (400, 413, 422):
-                raise
-            if e.code in ("unsupported_parameter", "unsupported_value") and e.param in asked.keys() & OPTIONAL:
-                e.param in refused or print(f"{url}: {question['model']} does not take this {e.param}, asked without it from now on", flush=True)
-                refused.update({"logprobs", "top_logprobs"} if "logprobs" in e.param else {e.param})
-                return one(question)
-            return {"reply": "", "error": str(e).replace(key, "***")[:300]}
-        text = response.http_response.text
-        try:
-            body = json.loads(text)
-            choice = body["choices"][0]
-            reply = {"reply": ("" + (choice["message"]["content"] or "")).encode(errors="replace").decode(),
-                     "finish": choice.get("finish_reason"), "usage": {**(body.get("usage") or {})}}
-            return reply | ({"logprobs": choice["logprobs"]} if choice.get("logprobs") else {})
-        except (ValueError, LookupError, TypeError):                    # status 200 and no answer in it
-            return one(question, tries - 1) if tries else {"reply": "", "error": f"no answer in it: {text.replace(key, '***')[:200]}"}
+    unsupported = set()  # parameters that this model does not take; all threads add to it
 
     def answer(questions, keep):
+        def answer_one(n):
+            keep({n: request(client, url, questions[n], unsupported)})
+
         pool = concurrent.futures.ThreadPoolExecutor(concurrency)
         try:
-            for future in concurrent.futures.as_completed([pool.submit(lambda n: keep({n: one(questions[n])}), n) for n in range(len(questions))]):
+            futures = [pool.submit(answer_one, n) for n in range(len(questions))]
+            for future in concurrent.futures.as_completed(futures):
                 future.result()
         except OpenAIError as e:
-            sys.exit(f"{url}: {type(e).__name__}: {str(e).replace(key, '***')[:300]}; the replies that came are kept, the same command asks for the rest")
+            reason = without_key(client, str(e))[:300]
+            raise InputError(
+                f"{url}: {type(e).__name__}: {reason}; the replies that came are kept, "
+                "the same command asks for the rest"
+            ) from None  # the cause may spell the key
         finally:
             pool.shutdown(cancel_futures=True)
 
     return answer
 
 
+def request(client, url, question, unsupported):
+    """Ask one question: {reply, finish, usage} and perhaps logprobs, or {reply: "", error}.
+
+    Adds to `unsupported` what the model does not take, and asks again without it. Raises what the
+    client raises when the endpoint does not answer questions at all.
+    """
+    from openai import APIStatusError
+
+    empty = 0  # answers with nothing in them
+    while True:
+        parameters = parameters_of(question, unsupported)
+        try:
+            response = client.chat.completions.with_raw_response.create(**parameters)
+        except APIStatusError as e:
+            # a wrong key, a wrong address: no other question would fare better
+            if e.status_code not in CANNOT_ANSWER:
+                raise
+            # a parameter: the same question without it
+            if refuses_parameter(e, parameters):
+                drop_parameter(e.param, unsupported, f"{url}: {question['model']}")
+                continue
+            # this question alone
+            return {"reply": "", "error": without_key(client, str(e))[:300]}
+
+        # status 200; but a proxy's page or a JSON without an answer may come with it
+        body = response.http_response.text
+        reply = read_completion(body)
+        if reply is not None:
+            return reply
+        empty += 1
+        if empty == TRIES:
+            excerpt = without_key(client, body)[:200]
+            return {"reply": "", "error": f"no answer in it: {excerpt}"}
+
+
+def parameters_of(question, unsupported):
+    """What a request sends of a question, in the names that this model takes."""
+    parameters = {}
+    for name in REQUIRED + OPTIONAL:
+        if name in question and name not in unsupported:
+            parameters[name] = question[name]
+    if "max_tokens" in unsupported:  # reasoning models have another name for it
+        parameters["max_completion_tokens"] = question["max_tokens"]
+    return parameters
+
+
+def refuses_parameter(error, parameters):
+    """Whether a refusal is about a parameter that was sent and can be left out."""
+    if error.code not in ("unsupported_parameter", "unsupported_value"):
+        return False
+    return error.param in parameters and error.param in OPTIONAL
+
+
+def drop_parameter(name, unsupported, model):
+    """Leave a parameter out from now on; says so once."""
+    if name not in unsupported:
+        print(f"{model} does not take this {name}, asked without it from now on", flush=True)
+    unsupported.add(name)
+    if "logprobs" in name:  # neither is of use without the other
+        unsupported.update(("logprobs", "top_logprobs"))
+
+
+def read_completion(body):
+    """The reply in the body of an endpoint's answer, or None where there is none in it."""
+    try:
+        completion = json.loads(body)
+        choice = completion["choices"][0]
+        content = choice["message"]["content"] or ""
+        usage = {**(completion.get("usage") or {})}
+    except (ValueError, LookupError, TypeError):  # no JSON, or JSON of another form
+        return None
+    if not isinstance(content, str):
+        return None
+
+    text = content.encode(errors="replace").decode()  # half of a surrogate pair is no text
+    reply = {"reply": text, "finish": choice.get("finish_reason"), "usage": usage}
+    if choice.get("logprobs"):
+        reply["logprobs"] = choice["logprobs"]
+    return reply
+
+
+def without_key(client, text):
+    """The text with the client's key made unreadable: endpoints quote it in their refusals."""
+    return text.replace(client.api_key, "***")
+
+
 def local_model(model, *, engine, dtype, seed, tensor_parallel, gpu_memory, generate_rows):
-    """The same by an engine of this process, 512 questions at a time, so that a kill costs no more than those."""
+    """A way to answer questions by an engine of this process.
+
+    512 questions are answered at a time, so that a kill costs no more than those. All have the
+    temperature and max_tokens of the first. A question too long for the model has an error.
+    """
+
     def answer(questions, keep):
-        tokenizer, ends = load_tokenizer(model, "ranker_model")
-        control, most = control_pattern(tokenizer), questions[0]["max_tokens"]
-        ids, room = [render(tokenizer, q["messages"], model, control) for q in questions], context_length(model) - most
-        keep({n: {"reply": "", "error": f"{len(i)} tokens, the model has room for {room}"} for n, i in enumerate(ids) if len(i) > room})
-        short = [n for n, i in enumerate(ids) if len(i) <= room]
-        sample = short and load_engine(engine, model, ends, max(len(ids[n]) for n in short) + most, dtype=dtype, seed=seed,
-                                       tensor_parallel=tensor_parallel, gpu_memory=gpu_memory, generate_rows=generate_rows)
-        for start in range(0, len(short), 512):
-            block = short[start:start + 512]
-            sampled = sample([(ids[n], derive_seed(questions[n])) for n in block], n_responses=1, temperature=questions[0]["temperature"],
-                             top_k=0, top_p=1.0, max_new_tokens=most)
-            keep({n: {"reply": tokenizer.decode(response, skip_special_tokens=True), "usage": {"prompt_tokens": len(ids[n]), "completion_tokens": len(response)}}
-                  for n, ((response, *_),) in zip(block, sampled)})
+        tokenizer, eos_ids = load_tokenizer(model, "ranker_model")
+        control = control_pattern(tokenizer)
+        max_tokens = questions[0]["max_tokens"]
+        temperature = questions[0]["temperature"]
+
+        # a question too long for the model is answered at once, with an error
+        room = context_length(model) - max_tokens
+        prompt_ids = [render(tokenizer, q["messages"], model, control) for q in questions]
+        fitting, errors = sort_by_room(prompt_ids, room)
+        keep(errors)
+        if not fitting:
+            return
+
+        # the engine gets no more context than the longest question that fits needs
+        longest = max(len(prompt_ids[n]) for n in fitting) + max_tokens
+        sample = load_engine(
+            engine,
+            model,
+            eos_ids,
+            longest,
+            dtype=dtype,
+            seed=seed,
+            tensor_parallel=tensor_parallel,
+            gpu_memory=gpu_memory,
+            generate_rows=generate_rows,
+        )
+
+        # votes on one response have different seeds: the number of the vote is in the question
+        for start in range(0, len(fitting), BLOCK):
+            block = fitting[start : start + BLOCK]
+            sampled = sample(
+                [(prompt_ids[n], derive_seed(questions[n])) for n in block],
+                n_responses=1,
+                temperature=temperature,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=max_tokens,
+            )
+            replies = {}
+            for n, responses in zip(block, sampled):
+                ids, *_ = responses[0]
+                usage = {"prompt_tokens": len(prompt_ids[n]), "completion_tokens": len(ids)}
+                text = tokenizer.decode(ids, skip_special_tokens=True)
+                replies[n] = {"reply": text, "usage": usage}
+            keep(replies)
 
     return answer
 
 
-def ask(questions, out, answer):
-    """The replies to `questions`, in their order, as {reply, usage, ...}. Each is kept as it came, the moment it comes, in NAME.replies beside `out`.
+def sort_by_room(prompt_ids, room):
+    """(Indices of the questions that fit into `room` tokens, {index: error reply} of the rest)."""
+    fitting = []
+    errors = {}
+    for n, ids in enumerate(prompt_ids):
+        if len(ids) <= room:
+            fitting.append(n)
+        else:
+            error = f"{len(ids)} tokens, the model has room for {room}"
+            errors[n] = {"reply": "", "error": error}
+    return fitting, errors
 
-    answer(questions, keep) calls keep({index: {reply, usage}}), from any thread, in any order. A question that an earlier run or
-    another process of this one has a reply to is not asked again, nor is the same question twice; one with an error is.
+
+def ask(questions, out, answer):
+    """The replies to `questions`, in their order, as {reply, usage, ...}.
+
+    Each is kept as it came, the moment it comes, in NAME.replies beside `out`.
+    answer(questions, keep) calls keep({index: {reply, usage}}), from any thread, in any order. A
+    question that an earlier run or another process of this one has a reply to is not asked again,
+    nor is the same question twice; one with an error is.
     """
-    stem, path = os.path.splitext(out)[0], os.path.splitext(shard_path(out))[0] + ".replies"
-    keys, kept = [hashlib.sha256(json.dumps(q, sort_keys=True).encode()).hexdigest() for q in questions], {}
-    for file in glob.glob(glob.escape(stem) + ".replies") + glob.glob(glob.escape(stem) + "-[0-9]*-of-[0-9]*.replies"):
+    path = os.path.splitext(shard_path(out))[0] + ".replies"
+    replies = read_replies(out, path)
+
+    # one question per key: equal ones share a reply
+    keys = [key_of(question) for question in questions]
+    already = len(replies.keys() & set(keys))
+    missing = {}
+    for key, question in zip(keys, questions):
+        if key not in replies:
+            missing[key] = question
+
+    if missing:
+        new = ask_missing(missing, path, answer)
+        replies.update(new)
+        print(f"{len(missing)} questions asked, {already} replies were there; {totals(new, path)}")
+    return [replies[key] for key in keys]
+
+
+def key_of(question):
+    """SHA-256 of a question, by which its reply is found again."""
+    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
+
+
+def read_replies(out, path):
+    """The replies {key: line} that all processes of this stage kept beside `out`, but no errors.
+
+    path: this process's own file, from which a line is removed that a kill has cut.
+    """
+    stem = glob.escape(os.path.splitext(out)[0])
+    files = glob.glob(stem + ".replies") + glob.glob(stem + "-[0-9]*-of-[0-9]*.replies")
+    replies = {}
+    for file in files:
         with open(file, "rb") as f:
             lines = f.read().splitlines(keepends=True)
-        if file == path and lines and not lines[-1].endswith(b"\n"):    # a kill has cut the last one
-            os.truncate(path, sum(map(len, lines[:-1])))
-        kept |= {line["key"]: line for line in map(json.loads, (line for line in lines if line.endswith(b"\n"))) if "error" not in line}
-    missing = {key: q for key, q in zip(keys, questions) if key not in kept}
-    if missing:
-        names, before, lock = list(missing), len({*keys} & kept.keys()), threading.Lock()
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with tqdm(total=len(missing), desc="ask", unit="reply") as bar:
-            def keep(replies):
-                lines = [{"key": names[n], "about": missing[names[n]].get("about"), **reply} for n, reply in replies.items()]
-                with lock, open(path, "a", encoding="utf-8") as f:
-                    f.write("".join(json.dumps(line) + "\n" for line in lines))
-                    f.flush()
-                    os.fsync(f.fileno())
-                    kept.update((line["key"], line) for line in lines)
-                    bar.update(len(lines))
+        if lines and not lines[-1].endswith(b"\n"):  # cut, or another process is writing it
+            del lines[-1]
+            if file == path:
+                os.truncate(path, sum(map(len, lines)))
+        for line in lines:
+            reply = json.loads(line)
+            if "error" not in reply:
+                replies[reply["key"]] = reply
+    return replies
 
-            answer(list(missing.values()), keep)
-        usage, errors = [kept[name].get("usage", {}) for name in names], [kept[name]["error"] for name in names if "error" in kept[name]]
-        print(f"{len(missing)} questions asked, {before} replies were there; {sum(u.get('prompt_tokens') or 0 for u in usage)} tokens read,",
-              f"{sum(u.get('completion_tokens') or 0 for u in usage)} written -> {path}" + (f"; {len(errors)} refused, such as: {errors[0]}" if errors else ""))
-    return [kept[key] for key in keys]
+
+def ask_missing(missing, path, answer):
+    """Ask the questions {key: question}; append each reply to the file as it comes; all of them."""
+    keys = list(missing)
+    replies = {}
+    lock = threading.Lock()
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with tqdm(total=len(missing), desc="ask", unit="reply") as bar:
+
+        def keep(came):
+            lines = []
+            for n, reply in came.items():
+                about = missing[keys[n]].get("about")
+                lines.append({"key": keys[n], "about": about, **reply})
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+
+            # on the disk before it counts: a reply that was paid for is never asked again
+            with lock, open(path, "a", encoding="utf-8") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+                for line in lines:
+                    replies[line["key"]] = line
+                bar.update(len(lines))
+
+        answer(list(missing.values()), keep)
+    return {key: replies[key] for key in keys}
+
+
+def totals(replies, path):
+    """What replies cost in tokens, where they are, and one of the errors among them, as text."""
+    read = 0
+    written = 0
+    errors = []
+    for reply in replies.values():
+        usage = reply.get("usage", {})
+        read += usage.get("prompt_tokens") or 0
+        written += usage.get("completion_tokens") or 0
+        if "error" in reply:
+            errors.append(reply["error"])
+
+    text = f"{read} tokens read, {written} written -> {path}"
+    if errors:
+        text += f"; {len(errors)} refused, such as: {errors[0]}"
+    return text
