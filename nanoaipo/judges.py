@@ -1,104 +1,270 @@
-"""A language model as judge, and Bradley-Terry strengths of its votes.
-"""
+"""A language model as judge: its replies are points, or votes with Bradley-Terry strengths."""
+
 import itertools
 import math
 import os
 import re
-import sys
 
 import torch
 
+from nanoaipo.errors import InputError
 from nanoaipo.questions import ask, endpoint, local_model
 from nanoaipo.stages import fingerprint
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SCORE = re.compile(
+    r"^\W*(?:final )?score\b\W*(?:is\W*)?(\d+(?:\.\d+)?)", re.IGNORECASE | re.MULTILINE
+)
+VERDICT = re.compile(r"^\W*better\b\W*(?:response\W*)?(a|b|tie)\W*$", re.IGNORECASE | re.MULTILINE)
+
 
 def prompt_text(messages):
-    """What PairRM and a judge read of a prompt: the bare instruction, or every turn of a longer conversation with its role."""
-    return messages[0]["content"] if len(messages) == 1 else "\n".join(f"{m['role'].upper()}: {m['content']}" for m in messages)
+    """A prompt as PairRM and judges read it: an instruction bare, more turns with their roles."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n".join(f"{m['role'].upper()}: {m['content']}" for m in messages)
 
 
 def from_rewards(rewards, temperature):
-    """Bradley-Terry: log-odds = difference of rewards / temperature."""
-    rewards = torch.tensor(rewards, dtype=torch.float32)
-    return rewards, (rewards[:, None] - rewards) / temperature
+    """Rewards (N,) and the log-odds (N, N) they imply: [i, j] = (r_i - r_j) / temperature."""
+    rewards = torch.tensor(rewards, dtype=torch.float32)  # (N,)
+    odds = (rewards[:, None] - rewards) / temperature  # (N, N)
+    return rewards, odds
 
 
 def read_score(reply):
-    """The last line "Score: N" of a reply, 0 to 5, or None."""
-    found = re.findall(r"^\W*(?:final )?score\b\W*(?:is\W*)?(\d+(?:\.\d+)?)", reply, re.IGNORECASE | re.MULTILINE)
-    return float(found[-1]) if found and float(found[-1]) <= 5 else None
+    """The number on the last line "Score: N" of a reply, or None; above 5 it is no score."""
+    found = SCORE.findall(reply)
+    if not found:
+        return None
+    score = float(found[-1])
+    if score > 5:
+        return None
+    return score
 
 
 def read_verdict(reply):
-    """The last line "Better: A", "B" or "tie" as 1, 0 or a half, or None."""
-    found = re.findall(r"^\W*better\b\W*(?:response\W*)?(a|b|tie)\W*$", reply, re.IGNORECASE | re.MULTILINE)
-    return {"a": 1.0, "b": 0.0, "tie": 0.5}[found[-1].lower()] if found else None
+    """The last line "Better: A", "B" or "tie" of a reply as 1, 0 or a half, or None."""
+    found = VERDICT.findall(reply)
+    if not found:
+        return None
+    return {"a": 1.0, "b": 0.0, "tie": 0.5}[found[-1].lower()]
 
 
-def judge(model, counts, *, out, engine, judge_url, judge_mode="score", judge_prompt="", judge_votes=3, judge_temperature=0.7, judge_tokens=512,
-          judge_concurrency=16, reward_temperature=1.0, pseudo_count=0.5, dtype, seed, tensor_parallel, gpu_memory, generate_rows, **_):
-    """A language model as judge: here (by an engine) or at an OpenAI-compatible endpoint; judge_votes replies to each question.
+# mode: how a reply is read, and the fields of its template, the prompt's first
+JUDGE_MODES = {
+    "score": (read_score, ("{prompt}", "{response}")),
+    "pairwise": (read_verdict, ("{prompt}", "{response_a}", "{response_b}")),
+}
 
-    judge_mode "score": points for each response (additive rubric, as in Self-Rewarding, 2401.10020), their mean over the votes.
-    "pairwise": two responses at a time, in both orders; Bradley-Terry strengths of the votes, as for annotators. What is asked
-    stands in prompts/judge_MODE.txt or in the file judge_prompt. An endpoint's judge is its model's name, wherever it is served.
+
+def judge(
+    model,
+    counts,
+    *,
+    out,
+    engine,
+    judge_url,
+    judge_mode="score",
+    judge_prompt="",
+    judge_votes=3,
+    judge_temperature=0.7,
+    judge_tokens=512,
+    judge_concurrency=16,
+    reward_temperature=1.0,
+    pseudo_count=0.5,
+    dtype,
+    seed,
+    tensor_parallel,
+    gpu_memory,
+    generate_rows,
+    **_,
+):
+    """A ranker that asks a language model, here by an engine or at an OpenAI-compatible endpoint.
+
+    Each question gets judge_votes replies. Mode "score" asks for points for each response (the
+    additive rubric of Self-Rewarding, 2401.10020); a response's reward is the mean over its votes.
+    Mode "pairwise" shows two responses at a time, in both orders, and fits Bradley-Terry strengths
+    to the votes, as for annotators. What is asked stands in prompts/judge_MODE.txt or in the file
+    judge_prompt. Behind an endpoint a judge is known by its model's name, wherever it is served.
     """
-    modes = {"score": (read_score, ("{prompt}", "{response}")), "pairwise": (read_verdict, ("{prompt}", "{response_a}", "{response_b}"))}
-    judge_mode in modes or sys.exit(f"--judge_mode={judge_mode}: there are {', '.join(modes)}")
-    read, places = modes[judge_mode]
-    path = judge_prompt or os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "prompts", f"judge_{judge_mode}.txt")
-    os.path.isfile(path) or sys.exit(f"--judge_prompt={path}: no such file")
-    with open(path, encoding="utf-8") as f:
-        template = f.read().strip()
-    for place in places:
-        place in template or sys.exit(f"{path}: lacks {place}, where the text to judge goes")
-    answers = endpoint(judge_url, judge_concurrency) if judge_url else local_model(
-        model, engine=engine, dtype=dtype, seed=seed, tensor_parallel=tensor_parallel, gpu_memory=gpu_memory, generate_rows=generate_rows)
-    who = {"model": model} if judge_url else {"model": model, "weights": fingerprint(model), "seed": seed}
+    if judge_mode not in JUDGE_MODES:
+        raise InputError(f"--judge_mode={judge_mode}: there are {', '.join(JUDGE_MODES)}")
+    read, fields = JUDGE_MODES[judge_mode]
+    template = load_template(judge_mode, judge_prompt, fields)
+
+    # `identity` enters every question, so that another judge is asked anew
+    if judge_url:
+        answer = endpoint(judge_url, judge_concurrency)
+        identity = {"model": model}
+    else:
+        answer = local_model(
+            model,
+            engine=engine,
+            dtype=dtype,
+            seed=seed,
+            tensor_parallel=tensor_parallel,
+            gpu_memory=gpu_memory,
+            generate_rows=generate_rows,
+        )
+        identity = {"model": model, "weights": fingerprint(model), "seed": seed}
 
     def rank(rows):
-        sizes = [len(row["texts"]) for row in rows]
-        shown = [(r, c) for r, size in enumerate(sizes) for c in itertools.permutations(range(size), len(places) - 1)]        # one response, or two in order
+        # one question per response, or per ordered pair of responses, and vote
+        comparisons = all_comparisons(rows, len(fields) - 1)
         questions = []
-        for r, candidates in shown:
-            filled = dict(zip(places, (prompt_text(rows[r]["prompt"]), *(rows[r]["texts"][i] for i in candidates))))
-            text = re.sub("|".join(map(re.escape, places)), lambda place: filled[place[0]], template)          # texts are not searched again
-            questions += [who | {"messages": [{"role": "user", "content": text}], "temperature": judge_temperature, "max_tokens": judge_tokens,
-                                 "about": [rows[r]["id"], *candidates, vote]} for vote in range(judge_votes)]
-        votes = [read(reply["reply"]) for reply in ask(questions, out, answers)]
-        counts["replies"] += len(votes)
-        counts["unreadable_replies"] += votes.count(None)
-        told = [[v for v in votes[k:k + judge_votes] if v is not None] for k in range(0, len(votes), judge_votes)]
+        for r, shown in comparisons:
+            content = fill_template(template, fields, rows[r], shown)
+            for vote in range(judge_votes):
+                # the seed of a local reply is a hash of its question: the order of keys counts
+                question = {
+                    "messages": [{"role": "user", "content": content}],
+                    "temperature": judge_temperature,
+                    "max_tokens": judge_tokens,
+                    "about": [rows[r]["id"], *shown, vote],
+                }
+                questions.append(identity | question)
+
+        # replies to votes; what cannot be read is counted and is no vote
+        replies = ask(questions, out, answer)
+        readings = [read(reply["reply"]) for reply in replies]
+        unreadable = readings.count(None)
+        counts["replies"] += len(readings)
+        counts["unreadable_replies"] += unreadable
+        if replies and unreadable == len(replies):
+            print_unreadable(replies, judge_tokens)
+        votes = readable_votes(readings, judge_votes)
+
+        # votes to scores and log-odds of each row
         if judge_mode == "score":
-            means = iter([sum(t) / len(t) if t else math.nan for t in told])
-            return [from_rewards(list(itertools.islice(means, size)), reward_temperature) for size in sizes]
-        wins = [torch.zeros(size, size) for size in sizes]
-        for (r, (i, j)), t in zip(shown, told):
-            wins[r][i, j] += sum(t)
-            wins[r][j, i] += len(t) - sum(t)
-        return [from_rewards(w.tolist(), 1.0) for w in zermelo(wins, pseudo_count)]
+            rewards = mean_scores(rows, comparisons, votes)
+            return [from_rewards(row_rewards, reward_temperature) for row_rewards in rewards]
+        strengths = zermelo(count_wins(rows, comparisons, votes), pseudo_count)
+        return [from_rewards(log_strengths.tolist(), 1.0) for log_strengths in strengths]
 
     return rank
 
 
-def zermelo(wins, pseudo_count, rounds=100_000):
-    """Bradley-Terry log-strengths (N,) of each matrix of votes (N, N), where [i, j] counts how often i beat j; mean 0.
+def load_template(judge_mode, judge_prompt, fields):
+    """The text a judge is asked, from the file judge_prompt or ours; each field has to be in it."""
+    path = judge_prompt or os.path.join(ROOT, "prompts", f"judge_{judge_mode}.txt")
+    if not os.path.isfile(path):
+        raise InputError(f"--judge_prompt={path}: no such file")
+    with open(path, encoding="utf-8") as f:
+        template = f.read().strip()
+    for field in fields:
+        if field not in template:
+            raise InputError(f"{path}: lacks {field}, where the text to judge goes")
+    return template
 
-    Zermelo's iteration, all strengths of a matrix at once (iREPO, 2405.15230); pseudo_count > 0 is added to every entry, without it
-    the strengths of unanimous votes diverge. Two candidates have the closed form log((k + c) / (h - k + c)). nan: no vote at all.
+
+def fill_template(template, fields, row, shown):
+    """The template with the row's prompt and the responses `shown` (indices) in its fields."""
+    texts = [prompt_text(row["prompt"])]
+    for i in shown:
+        texts.append(row["texts"][i])
+    values = dict(zip(fields, texts))
+
+    # one pass over the template: a text that spells a field stays as it is
+    any_field = "|".join(map(re.escape, fields))
+    return re.sub(any_field, lambda match: values[match[0]], template)
+
+
+def all_comparisons(rows, n_shown):
+    """(row's index, indices of the responses shown) of each question: one, or two in order."""
+    comparisons = []
+    for r, row in enumerate(rows):
+        for shown in itertools.permutations(range(len(row["texts"])), n_shown):
+            comparisons.append((r, shown))
+    return comparisons
+
+
+def print_unreadable(replies, judge_tokens):
+    """Show the first of a judge's replies, of which not one could be read.
+
+    What it means is the caller's to say: ties need no judge, other processes have other replies.
+    """
+    # an error, where the endpoint refused the question, says more than an empty reply
+    first = replies[0].get("error") or replies[0]["reply"]
+    line = " ".join(first.split())[:200]
+    print(
+        f"not one of {len(replies)} replies of the judge could be read; they have {judge_tokens} "
+        f'tokens at most (--judge_tokens, in eval.py --verdict_tokens), the first: "{line}"',
+        flush=True,
+    )
+
+
+def readable_votes(readings, judge_votes):
+    """The list of readable votes on each comparison, of which each was asked judge_votes times."""
+    votes = []
+    for start in range(0, len(readings), judge_votes):
+        block = readings[start : start + judge_votes]
+        votes.append([reading for reading in block if reading is not None])
+    return votes
+
+
+def mean_scores(rows, comparisons, votes):
+    """For each row the mean score of each response over its votes; nan where none could be read."""
+    means = [[math.nan] * len(row["texts"]) for row in rows]
+    for (r, (i,)), scores in zip(comparisons, votes):
+        if scores:
+            means[r][i] = sum(scores) / len(scores)
+    return means
+
+
+def count_wins(rows, comparisons, votes):
+    """For each row a matrix (N, N), where [i, j] counts how often i beat j; a tie is half a win."""
+    wins = [torch.zeros(len(row["texts"]), len(row["texts"])) for row in rows]
+    for (r, (i, j)), verdicts in zip(comparisons, votes):
+        wins[r][i, j] += sum(verdicts)
+        wins[r][j, i] += len(verdicts) - sum(verdicts)
+    return wins
+
+
+def zermelo(wins, pseudo_count, rounds=100_000):
+    """Bradley-Terry log-strengths (N,), mean 0, of each matrix of votes (N, N).
+
+    wins[k][i, j] counts how often i beat j. pseudo_count > 0 is added to every entry; without it
+    the strengths of unanimous votes diverge. Of two candidates, of which one won k of h votes, the
+    difference has the closed form log((k + c) / (h - k + c)). A candidate without any vote has nan.
     """
     strengths = [None] * len(wins)
-    for size in {len(w) for w in wins}:
-        places = [k for k, w in enumerate(wins) if len(w) == size]
-        votes = (torch.stack([wins[k].double() for k in places]) + pseudo_count) * (1 - torch.eye(size))                       # (B, N, N)
-        logs = torch.zeros(len(places), size, dtype=torch.double)
-        for _ in range(rounds if size > 1 else 0):
-            w = logs.exp()
-            new = (votes.sum(2) / ((votes + votes.mT) / (w[:, :, None] + w[:, None])).sum(2)).log()
-            new -= new.mean(1, keepdim=True)
-            done, logs = (new - logs).abs().max() < 1e-10, new
-            if done:
-                break
-        for k, log in zip(places, logs):
-            strengths[k] = torch.where((wins[k] + wins[k].T).sum(1) > 0, log.float(), math.nan) if size > 1 else log.float()
+    for size in {len(votes) for votes in wins}:
+        same_size = [k for k, votes in enumerate(wins) if len(votes) == size]
+        # who meets nobody has strength 0
+        if size < 2:
+            for k in same_size:
+                strengths[k] = torch.zeros(size)
+            continue
+
+        # all matrices of one size together
+        counts = torch.stack([wins[k].double() for k in same_size])  # (B, N, N)
+        log_strengths = iterate_zermelo(counts + pseudo_count, rounds)  # (B, N)
+        for k, values in zip(same_size, log_strengths):
+            has_votes = (wins[k] + wins[k].T).sum(1) > 0  # (N,)
+            strengths[k] = torch.where(has_votes, values.float(), math.nan)
     return strengths
+
+
+def iterate_zermelo(votes, rounds):
+    """Zermelo's iteration (iREPO, 2405.15230) on matrices (B, N, N) at once: log-strengths (B, N).
+
+    At its fixed point each candidate has as many wins as its strength lets expect.
+    """
+    size = votes.shape[1]
+    votes = votes * (1 - torch.eye(size))  # nobody meets itself
+    won = votes.sum(2)  # (B, N)
+    met = votes + votes.mT  # (B, N, N)
+    logs = torch.zeros(len(votes), size, dtype=torch.double)
+    for _ in range(rounds):
+        strengths = logs.exp()  # (B, N)
+        per_strength = met / (strengths[:, :, None] + strengths[:, None])  # (B, N, N)
+        new = (won / per_strength.sum(2)).log()  # (B, N)
+        new = new - new.mean(1, keepdim=True)  # only differences are determined
+
+        # logs of the strengths are compared: a small strength has to settle as a large one does
+        change = (new - logs).abs().max()
+        logs = new
+        if change < 1e-10:
+            break
+    return logs
