@@ -1,12 +1,12 @@
-"""AIPO (arXiv 2409.08845) on Llama-3-70B-Instruct, as far as one node of 8 GPUs of 80 GB goes: adapters.
+"""AIPO (arXiv 2409.08845) on Llama-3-70B-Instruct, as far as 8 GPUs of 80 GB go: adapters.
 
-Leaves out training all weights: 70.6e9 x 16 bytes (float32 weights, two moments, gradients) are 1.13 TB, so three such nodes (README).
+Leaves out training all weights: 70.6e9 x 16 bytes are 1.13 TB, so three such nodes (README).
 """
 model = "meta-llama/Meta-Llama-3-70B-Instruct"  # Tab. 3
 prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # the paper's pool, 61,135 prompts
 eval_prompts = "HuggingFaceH4/ultrafeedback_binarized:test_prefs"  # ours, for the local win rate
 n_eval = 512                            # ours
-iterations = 5                          # ours; the paper goes up to 15 and reports the one best on Arena-Hard
+iterations = 5                          # ours; paper: up to 15, reports the best on Arena-Hard
 processes = 8                           # ours: one node, a process per GPU
 engines = 2                             # ours: 141 GB of weights
 tensor_parallel = 4                     # ours: so four GPUs each
@@ -31,9 +31,9 @@ max_response_tokens = 2016              # repository; removes every truncated re
 # train
 loss = "aipo"                           # Eq. 10
 beta = 0.1                              # Sec. 4.1
-alpha = 0.05                            # searched .03, .05, .07 on Mistral-Nemo; the best one is not stated
-lambda_ = 0.2                           # searched .2, .5 on Mistral-Nemo; the best one is not stated
-lr = 5e-6                               # ours, iREPO's rate for adapters (log); the paper's is 5e-7 for all weights
+alpha = 0.05                            # searched .03, .05, .07 on Nemo; the best is not stated
+lambda_ = 0.2                           # searched .2, .5 on Nemo; the best is not stated
+lr = 5e-6                               # ours, iREPO's for adapters (log); paper: 5e-7, all weights
 batch_size = 256                        # Sec. 4.2
 max_length = 2560                       # 512 + 2048
 tokens_per_microbatch = 8192            # ours, for GPUs of 80 GB

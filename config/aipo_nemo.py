@@ -1,9 +1,12 @@
-"""AIPO (arXiv 2409.08845) on Mistral-Nemo-Instruct-2407, the model its hyper-parameters were searched on; one node of 8 GPUs."""
+"""AIPO (arXiv 2409.08845) on Mistral-Nemo-Instruct-2407, one node of 8 GPUs.
+
+Its hyper-parameters were searched on this model.
+"""
 model = "mistralai/Mistral-Nemo-Instruct-2407"  # Tab. 3
 prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # the paper's pool, 61,135 prompts
 eval_prompts = "HuggingFaceH4/ultrafeedback_binarized:test_prefs"  # ours, for the local win rate
 n_eval = 512                            # ours
-iterations = 5                          # ours; the paper goes up to 15 and reports the one best on Arena-Hard
+iterations = 5                          # ours; paper: up to 15, reports the best on Arena-Hard
 processes = 8                           # ours: one node, a process per GPU
 
 # generate
@@ -26,8 +29,8 @@ max_response_tokens = 2016              # repository; removes every truncated re
 # train
 loss = "aipo"                           # Eq. 10
 beta = 0.1                              # Sec. 4.1
-alpha = 0.05                            # searched .03, .05, .07 on Mistral-Nemo; the best one is not stated
-lambda_ = 0.2                           # searched .2, .5 on Mistral-Nemo; the best one is not stated
+alpha = 0.05                            # searched .03, .05, .07 on Nemo; the best is not stated
+lambda_ = 0.2                           # searched .2, .5 on Nemo; the best is not stated
 lr = 5e-7                               # Sec. 4.1, cosine with 10 % warm-up, one epoch
 batch_size = 256                        # Sec. 4.2
 max_length = 2560                       # 512 + 2048

@@ -1,6 +1,7 @@
-"""iLR-DPO (arXiv 2406.11817): length-regularised DPO, iterated, on openchat-3.5-0106. Most of it is unpublished.
+"""iLR-DPO (arXiv 2406.11817): length-regularised DPO, iterated, on openchat-3.5-0106.
 
-Leaves out: Starling-RM-34B, whose own code we do not run (a reward model of ours stands in). Nectar's prompts carry their own "Human:" marks.
+Most of it is unpublished. Leaves out: Starling-RM-34B, whose own code we do not run (a reward model
+of ours stands in). Nectar's prompts carry their own "Human:" marks.
 """
 model = "openchat/openchat-3.5-0106"    # paper
 prompts = "berkeley-nest/Nectar:train"  # paper
@@ -25,6 +26,6 @@ pair_rule = "best_worst"                # unpublished; ours
 # train
 loss = "rdpo"                           # paper; 2403.19159 Eq. 9
 beta = 0.1                              # unpublished; ours, R-DPO's .01 to .1
-alpha = 0.05                            # unpublished; ours: nats of the logit a token, so 200 tokens count as much as beta x 100
+alpha = 0.05                            # unpublished; ours: nats a token, 200 are beta x 100
 lr = 5e-7                               # unpublished; AIPO's
 batch_size = 128                        # unpublished; ours

@@ -1,7 +1,8 @@
 """INPO (arXiv 2407.00617) on RLHFlow's Llama-3-8B SFT, its objective only.
 
-Leaves out: the mixed reference (a third of it the first policy's; here the last iterate's alone), the knock-out tournament (here best
-against worst), their preference model (PairRM stands in) and prompts (UltraFeedback stands in). So it is not expected to repeat theirs.
+Leaves out: the mixed reference (a third of it the first policy's; here the last iterate's alone),
+the knock-out tournament (here best against worst), their preference model (PairRM stands in) and
+prompts (UltraFeedback stands in). So it is not expected to repeat theirs.
 """
 model = "RLHFlow/LLaMA3-SFT"            # paper: Llama-3-8B SFT
 prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # ours

@@ -1,9 +1,11 @@
 """iREPO (arXiv 2405.15230) on Mistral-7B, from Zephyr's SFT.
 
-Its full text was not available: "log" is the authors' training log, the rest is ours. Iteration 0 is offline, on UltraFeedback's own pairs:
-    bash iterate.sh config/irepo_mistral.py --candidates=HuggingFaceH4/ultrafeedback_binarized:train_prefs --iterations=1 --out=out/irepo_mistral_0
-    bash iterate.sh config/irepo_mistral.py --model=out/irepo_mistral_0/iter_1/model
-Leaves out: its nine annotators, which are unpublished; nine votes of PairRM, split by its probability, stand in.
+Its full text was not available: "log" is the authors' training log, the rest is ours. Iteration 0
+is offline, on UltraFeedback's own pairs; the others start from its model:
+    --candidates=HuggingFaceH4/ultrafeedback_binarized:train_prefs --iterations=1 --out=out/irepo_0
+    --model=out/irepo_0/iter_1/model
+Leaves out: its nine annotators, which are unpublished; nine votes of PairRM, split by its
+probability, stand in.
 """
 model = "alignment-handbook/zephyr-7b-sft-full"  # Mistral-7B, Zephyr's SFT (log)
 prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # log
@@ -19,7 +21,7 @@ n_responses = 5                         # ours; D is unknown
 temperature = 0.7                       # ours, unknown
 
 # rank
-ranker = "annotators"                   # its form: votes on every pair, Bradley-Terry strengths (review)
+ranker = "annotators"                   # votes on every pair, Bradley-Terry strengths (review)
 ranker_model = "pairrm:llm-blender/PairRM"  # ours, see above
 annotator_votes = 9                     # nine annotators (review)
 pseudo_count = 0.5                      # ours
@@ -28,7 +30,7 @@ pair_rule = "best_worst"                # strongest against weakest (review)
 # train
 loss = "irepo"                          # Eq. 16
 beta = 0.1                              # ours, unknown
-z_clip = 4.0                            # ours; the first losses of the log speak for far smaller targets, .1 to .25
+z_clip = 4.0                            # ours; the log's first losses suggest .1 to .25
 lr = 5e-6                               # log, cosine with 10 % warm-up, one epoch
 batch_size = 32                         # log of Phi-2
 seed = 42                               # log

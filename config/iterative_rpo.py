@@ -1,7 +1,8 @@
-"""Iterative RPO (arXiv 2404.19733) on GSM8K: reasons that lead to the right answer against reasons that do not.
+"""Iterative RPO (arXiv 2404.19733) on GSM8K: reasons with the right answer against the others.
 
-Leaves out: temperature 1.3 of the later iterations (go on by hand: --model=..., --temperature=1.3, another --out), their wording of the
-task, and choosing the checkpoint on held-out problems. 70e9 x 16 bytes for all weights do not fit 8 x 80 GB (config/aipo_llama3_70b.py), so adapters.
+Leaves out: temperature 1.3 of the later iterations (go on by hand: --model=..., --temperature=1.3,
+another --out), their wording of the task, and choosing the checkpoint on held-out problems. 70e9 x
+16 bytes for all weights do not fit 8 x 80 GB (config/aipo_llama3_70b.py), so adapters.
 """
 model = "meta-llama/Llama-2-70b-chat-hf"  # paper
 prompts = "openai/gsm8k:main:train"     # paper, 7.5K, the same at every iteration

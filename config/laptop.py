@@ -1,5 +1,7 @@
-"""AIPO on a model of 0.13B parameters without a GPU, for an evening: some 50 minutes an iteration on two cores, most of it PairRM (by
-arithmetic, not measured). Not a recipe of the paper, nothing in it is tuned; config/tiny.py is the one that shows the effect.
+"""AIPO on a model of 0.13B parameters without a GPU, for an evening.
+
+Some 50 minutes an iteration on two cores, most of it PairRM (by arithmetic, not measured). Not a
+recipe of the paper, nothing in it is tuned; config/tiny.py is the one that shows the effect.
 """
 model = "HuggingFaceTB/SmolLM2-135M-Instruct"  # ours
 prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # AIPO's pool

@@ -1,6 +1,7 @@
 """Meta-Rewarding (arXiv 2407.19594) on Llama-3-8B-Instruct. What we know of it is second-hand.
 
-Leaves out: the judge of judges (the policy is trained on answers only), their prompts (UltraFeedback stands in), their tiers (ours: --tier).
+Leaves out: the judge of judges (the policy is trained on answers only), their prompts
+(UltraFeedback stands in), their tiers (ours: --tier).
 """
 model = "meta-llama/Meta-Llama-3-8B-Instruct"  # second-hand
 prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # ours
@@ -22,7 +23,7 @@ ranker = "judge"                        # second-hand
 ranker_model = "policy"                 # second-hand
 judge_mode = "score"                    # second-hand; the words are ours
 judge_votes = 11                        # second-hand
-pair_rule = "short_long"                # second-hand: shortest of the top tier, longest of the bottom tier
+pair_rule = "short_long"                # second-hand: shortest of the top, longest of the bottom
 tier = 0.2                              # ours
 
 # train

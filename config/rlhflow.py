@@ -1,7 +1,8 @@
 """RLHFlow's iterative DPO (arXiv 2405.07863) on its own Llama-3-8B SFT.
 
-Leaves out: their prompts (UltraFeedback stands in; theirs are RLHFlow/iterative-prompt-v1). The reference is the previous policy, as in their later
-scripts; their first had the initial one. Label smoothing .1 is another script's, with K = 4 (--label_smoothing=0.1).
+Leaves out: their prompts (UltraFeedback stands in; theirs are RLHFlow/iterative-prompt-v1). The
+reference is the previous policy, as in their later scripts; their first had the initial one. Label
+smoothing .1 is another script's, with K = 4 (--label_smoothing=0.1).
 """
 model = "RLHFlow/LLaMA3-SFT"            # paper
 prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # ours

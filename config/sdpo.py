@@ -1,11 +1,14 @@
-"""sDPO (arXiv 2403.19270): DPO on one data set after the other, each with the policy before as the reference.
+"""sDPO (arXiv 2403.19270): DPO on one data set after the other.
 
-pairs/orca.jsonl: the 12K of OpenOrca as prompt, chosen, rejected; make it from Intel/orca_dpo_pairs (its column question is the prompt).
-Leaves out: splitting the data from easy to hard by the base model's own accuracy; the order of the two sets is the paper's. The stand-in has seen
-both kinds of data in its own alignment, so what it gains here says little.
+The reference is the policy before. The paper's sets: OpenOrca 12K, then UltraFeedback-cleaned 60K.
+pairs/orca.jsonl: the 12K of OpenOrca as prompt, chosen, rejected; make it from Intel/orca_dpo_pairs
+(its column question is the prompt).
+Leaves out: splitting the data from easy to hard by the base model's own accuracy; the order of the
+two sets is the paper's. The stand-in has seen both kinds of data in its own alignment, so what it
+gains here says little.
 """
 model = "upstage/SOLAR-10.7B-Instruct-v1.0"  # ours, a stand-in; paper: SOLAR-10.7B after SFT only
-pairs = "pairs/orca.jsonl argilla/ultrafeedback-binarized-preferences-cleaned:train"  # paper: OpenOrca 12K, then UltraFeedback-cleaned 60K
+pairs = "pairs/orca.jsonl argilla/ultrafeedback-binarized-preferences-cleaned:train"  # paper
 eval_prompts = "HuggingFaceH4/ultrafeedback_binarized:test_prefs"  # ours, for the local win rate
 n_eval = 512                            # ours
 iterations = 2                          # paper: one per data set

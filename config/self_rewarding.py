@@ -1,7 +1,7 @@
-"""Self-Rewarding (arXiv 2401.10020): the policy writes instructions, answers them and judges the answers.
+"""Self-Rewarding (arXiv 2401.10020): the policy writes instructions, answers them and judges.
 
-Leaves out: their SFT model and seed tasks (unpublished; Llama-2-70B-chat and UltraFeedback stand in), the fixed model that writes their
-instructions (the policy does), dropout .1, early stopping.
+Leaves out: their SFT model and seed tasks (unpublished; Llama-2-70B-chat and UltraFeedback stand
+in), the fixed model that writes their instructions (the policy does), dropout .1, early stopping.
 70e9 x 16 bytes for all weights do not fit 8 x 80 GB (config/aipo_llama3_70b.py), so adapters.
 """
 model = "meta-llama/Llama-2-70b-chat-hf"  # ours; paper: Llama-2-70B after their SFT

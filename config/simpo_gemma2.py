@@ -1,6 +1,6 @@
 """SimPO (arXiv 2405.14734), on-policy, on Gemma-2-9B-it, labels by ArmoRM.
 
-Leaves out: ArmoRM, whose own code we do not run; Skywork/Skywork-Reward-Llama-3.1-8B-v0.2 stands in.
+Leaves out ArmoRM, whose own code we do not run; Skywork/Skywork-Reward-Llama-3.1-8B-v0.2 stands in.
 """
 model = "google/gemma-2-9b-it"          # paper
 prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # paper

@@ -1,6 +1,6 @@
 """SimPO (arXiv 2405.14734), on-policy, on Llama-3-8B-Instruct, labels by ArmoRM (v0.2).
 
-Leaves out: ArmoRM, whose own code we do not run; Skywork/Skywork-Reward-Llama-3.1-8B-v0.2 stands in.
+Leaves out ArmoRM, whose own code we do not run; Skywork/Skywork-Reward-Llama-3.1-8B-v0.2 stands in.
 """
 model = "meta-llama/Meta-Llama-3-8B-Instruct"  # paper
 prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # paper

@@ -1,5 +1,6 @@
-"""AIPO on a model of 0.5B parameters, one GPU of 24 GB. Not a recipe of the paper, nothing in it is tuned.
+"""AIPO on a model of 0.5B parameters, one GPU of 24 GB.
 
+Not a recipe of the paper, nothing in it is tuned.
 All weights fit too (0.5e9 x 16 bytes are 8 GB): --lora_rank=0 --lr=5e-7.
 """
 model = "Qwen/Qwen2.5-0.5B-Instruct"    # ours

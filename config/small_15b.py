@@ -1,5 +1,6 @@
-"""AIPO on a model of 1.5B parameters, one GPU of 24 GB. Not a recipe of the paper, nothing in it is tuned.
+"""AIPO on a model of 1.5B parameters, one GPU of 24 GB.
 
+Not a recipe of the paper, nothing in it is tuned.
 Adapters, because 1.5e9 x 16 bytes for all weights are 24.7 GB.
 """
 model = "Qwen/Qwen2.5-1.5B-Instruct"    # ours

@@ -1,6 +1,7 @@
-"""Snorkel-Mistral-PairRM-DPO: three iterations of DPO on UltraFeedback in three parts (Snorkel AI's model card).
+"""Snorkel-Mistral-PairRM-DPO (Snorkel AI's model card): DPO on three parts of UltraFeedback.
 
-Leaves out: their three parts of the prompts (ours are drawn anew) and all that the card does not tell: those lines are AIPO's.
+Leaves out: their three parts of the prompts (ours are drawn anew) and all that the card does not
+tell: those lines are AIPO's.
 """
 model = "mistralai/Mistral-7B-Instruct-v0.2"  # model card
 prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # model card

@@ -1,7 +1,8 @@
 """SPPO (arXiv 2405.00675) on Mistral-7B-Instruct-v0.2.
 
-Leaves out: RMSprop (AdamW here), PairRM on the templated prompt (bare here), their three parts of the prompts (drawn anew here), and
-cutting: a pair above max_length is dropped. Their win rates come from differences of llm-blender's scores, which add both orders: twice our odds.
+Leaves out: RMSprop (AdamW here), PairRM on the templated prompt (bare here), their three parts of
+the prompts (drawn anew here), and cutting: a pair above max_length is dropped. Their win rates come
+from differences of llm-blender's scores, which add both orders: twice our odds.
 """
 model = "mistralai/Mistral-7B-Instruct-v0.2"  # paper
 prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # paper
@@ -23,7 +24,7 @@ max_prompt_tokens = 512                 # code
 ranker = "pairrm"                       # paper
 ranker_model = "llm-blender/PairRM"     # its public weights
 rank_batch_tokens = 16384               # ours, for GPUs of 80 GB
-pair_rule = "best_worst"                # paper, by score; q_w and q_l are win rates over all five and itself
+pair_rule = "best_worst"                # paper, by score; q_w, q_l: win rates, itself included
 
 # train
 loss = "sppo"                           # Eq. 4.7
@@ -32,5 +33,5 @@ lr = 5e-7                               # paper
 schedule = "linear"                     # paper
 warmup = 0.1                            # paper
 batch_size = 64                         # paper
-epochs = 1                              # code, with its schedule; the paper schedules 18 and stops after one
+epochs = 1                              # code, with its schedule; paper: the first of 18
 max_length = 1024                       # code

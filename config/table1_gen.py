@@ -1,7 +1,10 @@
-"""AIPO's Table 1 (arXiv 2409.08845), row PairRM(Gen(UF)): the model's own responses to UltraFeedback's prompts; one pass of DPO."""
+"""AIPO's Table 1 (arXiv 2409.08845), row PairRM(Gen(UF)).
+
+The model's own responses to UltraFeedback's prompts; one pass of DPO.
+"""
 model = "mistralai/Mistral-7B-Instruct-v0.2"  # Tab. 1
 prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # Tab. 1
-n_prompts = 0                           # ours: the whole pool; how many the table took is not in our notes
+n_prompts = 0                           # ours: the whole pool; the table's is not in our notes
 eval_prompts = "HuggingFaceH4/ultrafeedback_binarized:test_prefs"  # ours, for the local win rate
 n_eval = 512                            # ours
 iterations = 1                          # Tab. 1: one pass
@@ -24,7 +27,7 @@ max_response_tokens = 2016              # repository
 
 # train
 loss = "dpo"                            # Tab. 1
-beta = 0.1                              # searched .1, .5, 1; which one the table has is not in our notes
+beta = 0.1                              # searched .1, .5, 1; the table's is not in our notes
 lr = 5e-7                               # Sec. 4.1, cosine with 10 % warm-up, one epoch
 batch_size = 128                        # Sec. 4.1
 max_length = 2560                       # 512 + 2048 (repository)

@@ -1,4 +1,7 @@
-"""AIPO's Table 1 (arXiv 2409.08845), row PairRM(Gen(SI(UF))): own responses to own instructions, written after UltraFeedback's; one pass of DPO."""
+"""AIPO's Table 1 (arXiv 2409.08845), row PairRM(Gen(SI(UF))).
+
+Own responses to own instructions, written after UltraFeedback's; one pass of DPO.
+"""
 model = "mistralai/Mistral-7B-Instruct-v0.2"  # Tab. 1
 prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # Tab. 1, the pool of self-instruct
 new_instructions = 20000                # Sec. 4.2's number; the table's is not in our notes
@@ -25,7 +28,7 @@ max_response_tokens = 2016              # repository
 
 # train
 loss = "dpo"                            # Tab. 1
-beta = 0.1                              # searched .1, .5, 1; which one the table has is not in our notes
+beta = 0.1                              # searched .1, .5, 1; the table's is not in our notes
 lr = 5e-7                               # Sec. 4.1, cosine with 10 % warm-up, one epoch
 batch_size = 128                        # Sec. 4.1
 max_length = 2560                       # 512 + 2048 (repository)

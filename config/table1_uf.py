@@ -1,6 +1,7 @@
 """AIPO's Table 1 (arXiv 2409.08845), row UF: one pass of DPO on UltraFeedback's pairs as they are.
 
-Leaves out the repository's filters: URLs in the chosen response, prompts above 512 and responses above 2,016 tokens.
+Leaves out the repository's filters: URLs in the chosen response, prompts above 512 and responses
+above 2,016 tokens.
 """
 model = "mistralai/Mistral-7B-Instruct-v0.2"  # Tab. 1
 pairs = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # Tab. 1, 61,135 pairs
@@ -11,7 +12,7 @@ processes = 8                           # ours: one node, a process per GPU
 
 # train
 loss = "dpo"                            # Tab. 1
-beta = 0.1                              # searched .1, .5, 1; which one the table has is not in our notes
+beta = 0.1                              # searched .1, .5, 1; the table's is not in our notes
 lr = 5e-7                               # Sec. 4.1, cosine with 10 % warm-up, one epoch
 batch_size = 128                        # Sec. 4.1
 max_length = 2560                       # 512 + 2048 (repository)

@@ -1,6 +1,7 @@
 """AIPO's comparison of rankers (arXiv 2409.08845, Tab. 4), row LLM as a judge.
 
-The table's base model, objective and data are not in our notes: all but the ranker is the last row of Table 1, ours.
+The table's base model, objective and data are not in our notes: all but the ranker is the last row
+of Table 1, ours.
 """
 model = "mistralai/Mistral-7B-Instruct-v0.2"  # ours
 prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # the paper's pool
@@ -21,7 +22,7 @@ max_prompt_tokens = 512                 # templated prompt (repository)
 
 # rank
 ranker = "judge"                        # Tab. 4
-ranker_model = "meta-llama/Meta-Llama-3-70B-Instruct"  # ours; whom the paper asks is not in our notes
+ranker_model = "meta-llama/Meta-Llama-3-70B-Instruct"  # ours; the paper's is not in our notes
 judge_url = "http://localhost:8000/v1"  # ours: vllm serve, or any OpenAI-compatible endpoint
 judge_mode = "score"                    # ours, with our rubric
 judge_votes = 1                         # ours

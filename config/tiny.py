@@ -1,4 +1,7 @@
-"""The embedded world: the whole loop on two CPU cores in minutes. Settings as measured for it (ours), not the paper's."""
+"""The embedded world: the whole loop on two CPU cores in minutes.
+
+Settings as measured for it (ours), not the paper's: alpha * beta = .15 stands for its .005.
+"""
 prepare = "tiny/prepare.py"             # builds tiny/world on the first run, two to three minutes
 model = "tiny/world/base"               # 0.8M parameters
 prompts = "tiny/world/prompts.jsonl"    # with checkable answers
@@ -16,15 +19,15 @@ dtype = "float32"                       # CPUs
 
 # rank
 ranker_model = "tiny/world/judge"       # a PairRM of 0.3M parameters that likes length a little
-drop_unfinished = False                 # answers at the cap of 64 tokens are this world's long answers
+drop_unfinished = False                 # answers at the cap of 64 tokens are this world's long ones
 
 # eval
-eval_ranker_model = "tiny/world/judge"  # the same judge on purpose: right answers are the truth that it does not see
+eval_ranker_model = "tiny/world/judge"  # the same judge on purpose; it does not see the truth
 
 # train
 loss = "aipo"                           # Eq. 10
-beta = 0.5                              # here margins s_ref are 2 to 14 nats, where the paper's are tens to hundreds, so
-alpha = 0.3                             # alpha * beta = .15 stands for the paper's .005: .1 halves the growth, .2 stops it
+beta = 0.5                              # s_ref is 2 to 14 nats here, tens to hundreds in the paper
+alpha = 0.3                             # alpha * beta = .15: .1 halves the growth, .2 stops it
 lambda_ = 0.2                           # in the paper's range
 lr = 4e-4                               # for 0.8M parameters
 batch_size = 32                         # at 16 one run collapsed

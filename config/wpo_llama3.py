@@ -1,8 +1,10 @@
 """WPO (arXiv 2406.11827) on Llama-3-8B-Instruct, scores by a language model.
 
-Leaves out: GPT-4-Turbo's own sixth response, and that the chosen one scores 5 or more (theirs is another scale). GPT-4-Turbo is retired:
-any judge at --judge_url. The others: --model=HuggingFaceH4/mistral-7b-sft-beta --lr=5e-7 --epochs=1 --max_length=1024 --max_prompt_tokens=512;
---model=google/gemma-2-9b-it, there with ArmoRM, whose own code we do not run.
+Leaves out: GPT-4-Turbo's own sixth response, and that the chosen one scores 5 or more (theirs is
+another scale). GPT-4-Turbo is retired: any judge at --judge_url. The others:
+--model=HuggingFaceH4/mistral-7b-sft-beta --lr=5e-7 --epochs=1 --max_length=1024
+--max_prompt_tokens=512; --model=google/gemma-2-9b-it, there with ArmoRM, whose own code we do not
+run.
 """
 model = "meta-llama/Meta-Llama-3-8B-Instruct"  # paper
 prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # paper
