@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The paper's findings on the embedded world: objectives tuned with equal budgets, three seeds, docs/findings.md with its figures.
+# The paper's findings on the embedded world: objectives tuned with equal budgets, three seeds.
+# Writes docs/findings.md and its figures.
 #
 #     bash bench/findings.sh          two cores, one run on each; interrupted, the same command goes on
 set -euo pipefail
