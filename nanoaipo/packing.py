@@ -1,149 +1,347 @@
 """Which process computes what when; a micro-batch as one row; attention over its sequences.
 
-A micro-batch is one row of tokens, (1, T), without padding. A pair is laid out as prompt, chosen, rejected: each token of the
-prompt is computed once (prefix sharing, 2410.20305), and only attention knows that these are two sequences. transformers
-hands its layers' queries, keys and values to the two attention functions, registered under names of their own.
+A micro-batch is one row of tokens, (1, T), without padding. A pair lies in it as prompt, chosen,
+rejected, so each token of the prompt is computed once (prefix sharing, 2410.20305). Only attention
+has to know that these are two sequences with a common beginning: `layout` tells it where each one's
+tokens stand in the row. Everything else in a transformer treats its tokens one by one.
+
+There are two attention functions ("kernels"). Both copy the sequences out of the row, attend within
+each, and copy one result per token back:
+
+    packed_sdpa      PyTorch's scaled_dot_product_attention on padded blocks; runs anywhere
+    packed_varlen    PyTorch's variable-length flash attention on a flat list; CUDA, 16 bits
 """
-import sys
+
+import math
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from nanoaipo.errors import InputError
+
+# ---- which process computes what when ----
+
 
 def batches_by_length(lengths, budget):
-    """Yield lists of indices, longest first, so that a list padded to its longest takes `budget` tokens at most (or is one alone)."""
-    order, at = sorted(range(len(lengths)), key=lambda i: -lengths[i]), 0
-    while at < len(order):
-        batch = order[at:at + max(1, budget // lengths[order[at]])]
-        yield batch
-        at += len(batch)
+    """Yield lists of indices, longest first.
+
+    A list padded to its longest takes `budget` tokens at most, or it is one index alone.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        longest = lengths[order[start]]
+        size = max(1, budget // longest)
+        yield order[start : start + size]
+        start += size
 
 
 def plan(lengths, order, batch_size, world_size, budget):
-    """Fix which process computes which pairs when: for each step a list of micro-batches, one list of pairs per process.
+    """For each step a list of micro-batches, and each micro-batch a list of pairs per process.
 
-    lengths: tokens to compute for each pair. order: the pairs' indices as the optimizer shall see them, batch_size a
-    step, the last step with what is left. Each step's pairs are dealt to equally many micro-batches on every process,
-    longest first into the emptiest, so that none exceeds `budget` tokens (unless one pair alone does). An empty list is
-    a micro-batch that a process computes only because the others need its collectives.
+    lengths: tokens to compute for each pair. order: the pairs' indices as the optimizer shall see
+    them, batch_size a step; the last step takes what is left. No micro-batch of a process exceeds
+    `budget` tokens, unless one pair alone does. All processes compute equally many micro-batches,
+    because their collectives have to meet; so a list may be empty.
     """
     steps = []
     for start in range(0, len(order), batch_size):
-        batch = sorted(order[start:start + batch_size], key=lambda i: -lengths[i])
-        most = -(-len(batch) // world_size)                              # one pair each
-        count = min(most, -(-sum(lengths[i] for i in batch) // (budget * world_size)))
-        while True:
-            groups = [[0, g, []] for g in range(count * world_size)]
-            for i in batch:
-                emptiest = min(groups)
-                emptiest[0] += lengths[i]
-                emptiest[2].append(i)
-            if max(groups)[0] <= budget or count == most:
-                break
-            count += 1
-        groups = [sorted(g) for _, _, g in sorted(groups, reverse=True)]
-        steps.append([groups[m * world_size:(m + 1) * world_size] for m in range(count)])
+        batch = order[start : start + batch_size]
+        steps.append(plan_step(lengths, batch, world_size, budget))
     return steps
 
 
-def pack(pairs, kernel):
-    """The row of these B pairs: (arguments of Policy.forward, response tokens of each sequence, share of padding).
+def plan_step(lengths, batch, world_size, budget):
+    """The micro-batches of one step, as `plan` has them: as few as the budget allows."""
+    longest_first = sorted(batch, key=lambda i: -lengths[i])
+    n_tokens = sum(lengths[i] for i in batch)
 
-    One pair of prompt 3 with responses of 2 and 1 tokens:
+    # Between as many as the tokens fill, and so many that no process has two pairs in one
+    most = math.ceil(len(batch) / world_size)
+    n_micro_batches = min(most, math.ceil(n_tokens / (budget * world_size)))
+    while True:
+        groups, fullest = deal(lengths, longest_first, n_micro_batches * world_size)
+        if fullest <= budget or n_micro_batches == most:
+            break
+        n_micro_batches += 1
 
-        input_ids, position_ids   (1, T)    [[p p p c c r]] and [[0 1 2 3 4 3]]
-        index, labels             (N,)      where each response token is predicted, [2 3 2], and its id
-        segments                  dict      of the sequences [0 1 2 3 4] and [0 1 2 5], as the kernel wants them
-        lengths                   (2B,)     [2 1], of chosen and rejected of each pair in turn
+    # Neighbours hold about as many tokens, so no process waits long for another
+    starts = range(0, len(groups), world_size)
+    return [groups[start : start + world_size] for start in starts]
 
-    The row has no padding; the rows of packed_sdpa, in which attention alone is computed, have a little.
+
+def deal(lengths, longest_first, n_groups):
+    """Deal pairs into groups, each to the one with the fewest tokens so far.
+
+    Returns the groups, fullest first, and the tokens of the fullest.
     """
-    ids, positions, sequences, index, labels, at = [], [], [], [], [], 0
+    groups = [[] for _ in range(n_groups)]
+    n_tokens = [0] * n_groups
+    for i in longest_first:
+        emptiest = n_tokens.index(min(n_tokens))
+        groups[emptiest].append(i)
+        n_tokens[emptiest] += lengths[i]
+    fullest_first = sorted(range(n_groups), key=lambda g: (n_tokens[g], g), reverse=True)
+    return [sorted(groups[g]) for g in fullest_first], max(n_tokens)
+
+
+# ---- a micro-batch as one row ----
+
+
+def pack(pairs, kernel):
+    """The row of these B pairs: (arguments of Policy.forward, lengths of the responses, padding).
+
+    One pair, of a prompt of 3 tokens with responses of 2 and 1 tokens:
+
+        place in the row    0  1  2  3  4  5
+        input_ids  (1, T)   p0 p1 p2 c0 c1 r0
+        position_ids        0  1  2  3  4  3      (1, T): r0 follows p2, as c0 does
+        sequences           [0 1 2 3 4] and [0 1 2 5], the places of each one's tokens
+        index      (N,)     [2 3 2], the places whose hidden states predict c0, c1 and r0
+        labels     (N,)     [c0 c1 r0]
+        segments            the sequences as the kernel wants them, see `layout`
+        lengths    (2B,)    [2 1], of chosen and rejected of each pair in turn
+
+    N counts the response tokens of all pairs. padding: the share of what attention computes that is
+    no token; the row itself has none.
+    """
+    ids = []
+    positions = []
+    sequences = []
+    index = []
+    labels = []
+    n_tokens = 0  # of the row so far: the next place
     for pair in pairs:
-        prompt, chosen, rejected = (torch.frombuffer(pair[k], dtype=torch.int32).long() for k in ("prompt_ids", "chosen_ids", "rejected_ids"))
-        p, w, l = len(prompt), len(chosen), len(rejected)
-        places = torch.arange(at, at := at + p + w + l)
-        ids += [prompt, chosen, rejected]
-        positions += [torch.arange(p + w), torch.arange(p, p + l)]
-        sequences += [places[:p + w], torch.cat([places[:p], places[p + w:]])]
-        index += [s[p - 1:-1] for s in sequences[-2:]]
-        labels += [chosen, rejected]
-    if not pairs:                                                       # collectives need a row, if only of one token
+        prompt = token_ids(pair["prompt_ids"])  # (P,)
+        prompt_places = torch.arange(n_tokens, n_tokens + len(prompt))  # (P,)
+        n_tokens += len(prompt)
+        ids.append(prompt)
+        positions.append(torch.arange(len(prompt)))
+
+        for key in ("chosen_ids", "rejected_ids"):
+            response = token_ids(pair[key])  # (R,)
+            places = torch.arange(n_tokens, n_tokens + len(response))  # (R,)
+            n_tokens += len(response)
+            ids.append(response)
+            positions.append(torch.arange(len(prompt), len(prompt) + len(response)))
+
+            # A token is predicted where the one before it stands: the first at the prompt's last
+            sequence = torch.cat([prompt_places, places])  # (P + R,)
+            sequences.append(sequence)
+            index.append(sequence[len(prompt) - 1 : -1])
+            labels.append(response)
+    lengths = torch.tensor([len(response) for response in labels])  # (2B,)
+
+    # A process without pairs computes one token and no label, for the sake of the collectives
+    if not pairs:
         ids = positions = sequences = [torch.zeros(1, dtype=torch.long)]
         index = labels = [torch.zeros(0, dtype=torch.long)]
-    segments, slots = layout(sequences, kernel)
-    row = {"input_ids": torch.cat(ids)[None], "position_ids": torch.cat(positions)[None], "index": torch.cat(index), "labels": torch.cat(labels)}
-    return row | {"segments": segments}, torch.tensor([len(x) for x in labels[:2 * len(pairs)]]), 1 - sum(map(len, sequences)) / slots
+
+    segments, n_slots = layout(sequences, kernel)
+    padding = 1 - sum(len(sequence) for sequence in sequences) / n_slots
+    row = {
+        "input_ids": torch.cat(ids)[None],  # (1, T)
+        "position_ids": torch.cat(positions)[None],  # (1, T)
+        "index": torch.cat(index),  # (N,)
+        "labels": torch.cat(labels),  # (N,)
+        "segments": segments,
+    }
+    return row, lengths, padding
+
+
+def token_ids(buffer):
+    """The int32 ids of an array as a tensor of int64, (T,)."""
+    return torch.frombuffer(buffer, dtype=torch.int32).long()
 
 
 def layout(sequences, kernel):
-    """(What the kernel needs to know of a row of T tokens, the slots it computes).
+    """What the kernel needs to know of a row, as a dict, and the number of slots S it computes.
 
-    sequences: tensors of the places of each one's tokens in the row, together covering it; a token may be in two.
+    sequences: for each the places of its tokens in the row, tensors that cover the row together; a
+    token of a prompt is in two of them. A slot holds one token of one sequence, or padding. In the
+    example of `pack`, where places 0, 1 and 2 are computed twice:
 
-        packed_sdpa     rows   list of (n, L) indices, sequences of about one length, padded by index 0
-        packed_varlen   flat   (S,) indices, sequence after sequence; starts (n + 1,); longest
-        both            back   (T,) where in the kernel's output a token is found
+        packed_sdpa     rows     [[0 1 2 3 4], [0 1 2 5 0]], a list of such (n, L) blocks; the last
+                                 0 is padding
+                        back     [0 1 2 3 4 8], (T,), the slot that gives a token its result
+        packed_varlen   flat     [0 1 2 3 4 0 1 2 5], (S,)
+                        starts   [0 5 9], (n + 1,), int32, where in flat the sequences begin and end
+                        longest  5
+                        back     as above
     """
-    blocks = []
-    for ids in sorted(sequences, key=len, reverse=True):
-        if not blocks or kernel == "packed_sdpa" and len(ids) < 0.8 * len(blocks[-1][0]):
-            blocks.append([])                                           # so at most a fifth of a row is padding
-        blocks[-1].append(ids)
-    rows = [torch.nn.utils.rnn.pad_sequence(block, True, -1) for block in blocks]                            # (n, L)
-    slots = torch.cat([r.flatten() for r in rows])
+    longest_first = sorted(sequences, key=len, reverse=True)
     if kernel == "packed_varlen":
-        slots = slots[slots >= 0]
+        return flat_layout(longest_first)
+    return padded_layout(longest_first)
+
+
+def padded_layout(longest_first):
+    """The layout of packed_sdpa."""
+    # A block's sequences have about one length, so at most a fifth of it is padding
+    blocks = []
+    for sequence in longest_first:
+        if not blocks or len(sequence) < 0.8 * len(blocks[-1][0]):
+            blocks.append([])
+        blocks[-1].append(sequence)
+    rows = []
+    for block in blocks:
+        row = torch.nn.utils.rnn.pad_sequence(block, batch_first=True, padding_value=-1)  # (n, L)
+        rows.append(row)
+
+    # Padding has to be some token: the row's first. It stands last, so causal attention hides it
+    slots = torch.cat([row.flatten() for row in rows])  # (S,)
+    segments = {"rows": [row.clamp(min=0) for row in rows], "back": first_slots(slots)}
+    return segments, len(slots)
+
+
+def flat_layout(longest_first):
+    """The layout of packed_varlen."""
+    flat = torch.cat(longest_first)  # (S,)
+    lengths = torch.tensor([0] + [len(sequence) for sequence in longest_first])
+    segments = {
+        "flat": flat,
+        "starts": lengths.cumsum(0, dtype=torch.int32),  # (n + 1,)
+        "longest": len(longest_first[0]),
+        "back": first_slots(flat),
+    }
+    return segments, len(flat)
+
+
+def first_slots(slots):
+    """For each token of the row, (T,), the first slot that computes it.
+
+    slots (S,): the places of their tokens, -1 for padding. Any slot of a token would do: in both
+    sequences of a pair a token of the prompt sees the same tokens.
+    """
     real = slots >= 0
-    back = torch.full((1 + slots.max(),), len(slots)).scatter_reduce_(0, slots[real], torch.arange(len(slots))[real], "amin")   # the first place
-    if kernel == "packed_sdpa":
-        return {"rows": [r.clamp(min=0) for r in rows], "back": back}, len(slots)
-    starts = torch.tensor([0] + [len(ids) for ids in blocks[0]])
-    return {"flat": slots, "starts": starts.cumsum(0, dtype=torch.int32), "longest": len(blocks[0][0]), "back": back}, len(slots)
+    numbers = torch.arange(len(slots))
+    n_tokens = 1 + int(slots.max())
+    back = torch.full((n_tokens,), len(slots))
+    return back.scatter_reduce_(0, slots[real], numbers[real], "amin")
+
+
+# ---- attention over the sequences of a row, as transformers' layers call it ----
 
 
 def take(x, index):
-    """Rows of x (T, H, d) by index (...,): (..., H, d). An embedding, because its backward pass is fast and repeatable."""
-    return F.embedding(index, x.reshape(len(x), -1)).unflatten(-1, x.shape[1:])
+    """Rows of x (T, H, d) by index (...,): (..., H, d).
+
+    An embedding, because its backward pass is fast and gives the same bits each time.
+    """
+    n_tokens, n_heads, width = x.shape
+    rows = F.embedding(index, x.reshape(n_tokens, -1))  # (..., H * d)
+    return rows.unflatten(-1, (n_heads, width))
+
+
+def causal_mask(length, sliding_window, device):
+    """(L, L), true where a query (row) sees a key (column): itself and what is before it.
+
+    With a sliding window these are `sliding_window` tokens in all, itself included.
+    """
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    if sliding_window is not None:
+        mask = mask.triu(1 - sliding_window)
+    return mask
+
+
+def softcapped_attention(q, k, v, mask, scaling, softcap):
+    """Attention (n, H, L, d) in plain operations, scores cut softly to +-softcap (Gemma-2)."""
+    repeats = q.shape[1] // k.shape[1]  # query heads that share one key head
+    k = k.repeat_interleave(repeats, 1)
+    v = v.repeat_interleave(repeats, 1)
+    scores = q @ k.transpose(2, 3)  # (n, H, L, L)
+    scores = softcap * torch.tanh(scores * scaling / softcap)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    return weights @ v  # (n, H, L, d)
 
 
 @torch.compiler.disable
-def packed_sdpa(module, query, key, value, attention_mask, scaling=None, segments=None, sliding_window=None, softcap=None, s_aux=None, **_):
-    """Causal attention within each sequence: (1, H, T, d) -> (1, T, H, d). Runs anywhere; soft-caps and windows are exact."""
+def packed_sdpa(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    segments=None,
+    sliding_window=None,
+    softcap=None,
+    s_aux=None,
+    **_,
+):
+    """Causal attention within each sequence: (1, H, T, d) -> (1, T, H, d).
+
+    Runs anywhere; soft-caps and windows are exact. Raises InputError for attention sinks.
+    """
     if s_aux is not None:
-        sys.exit(f"{module.__class__.__name__}: attention sinks are not supported")
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))                                # (T, H, d)
+        raise InputError(f"{module.__class__.__name__}: attention sinks are not supported")
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d)
+
     outputs = []
-    for rows in segments["rows"]:
-        q, k, v = (take(x, rows).transpose(1, 2) for x in (query, key, value))                             # (n, H, L, d)
+    for rows in segments["rows"]:  # (n, L)
+        q, k, v = (take(x, rows).transpose(1, 2) for x in (query, key, value))  # (n, H, L, d)
         length = rows.shape[1]
-        seen = None                                                     # causal; padding is last, so no token sees it
-        if softcap is not None or sliding_window is not None and length > sliding_window:
-            seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-            seen = seen if sliding_window is None else seen.triu(1 - sliding_window)
-        if softcap is None:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, scale=scaling, enable_gqa=True)
+        if softcap is not None:
+            mask = causal_mask(length, sliding_window, q.device)
+            out = softcapped_attention(q, k, v, mask, scaling, softcap)
+        elif sliding_window is not None and length > sliding_window:
+            mask = causal_mask(length, sliding_window, q.device)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True
+            )
         else:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-            scores = softcap * torch.tanh((q @ k.transpose(2, 3)) * scaling / softcap)
-            out = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return take(torch.cat(outputs), segments["back"])[None], None
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scaling, enable_gqa=True
+            )
+        outputs.append(out.transpose(1, 2).flatten(0, 1))  # (n * L, H, d)
+
+    slots = torch.cat(outputs)  # (S, H, d)
+    return take(slots, segments["back"])[None], None
 
 
-def packed_varlen(module, query, key, value, attention_mask, scaling=None, segments=None, sliding_window=None, softcap=None, s_aux=None, **_):
-    """The same by PyTorch's variable-length flash kernel: CUDA, 16 bits, no soft-caps."""
+def packed_varlen(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    segments=None,
+    sliding_window=None,
+    softcap=None,
+    s_aux=None,
+    **_,
+):
+    """The same by PyTorch's variable-length flash kernel: CUDA, 16 bits.
+
+    Raises InputError for soft-caps and attention sinks, which the kernel does not have.
+    """
     from torch.nn.attention import varlen
+
     if s_aux is not None or softcap is not None:
-        sys.exit(f"{module.__class__.__name__}: the variable-length kernel has no soft-capping and no attention sinks")
-    q, k, v = (take(x[0].transpose(0, 1), segments["flat"]) for x in (query, key, value))                  # (S, H, d)
-    starts, longest = segments["starts"], segments["longest"]
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)  # tokens to the left, none to the right
-    out = varlen.varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=window)
-    return take(out, segments["back"])[None], None
+        raise InputError(
+            f"{module.__class__.__name__}: "
+            "the variable-length kernel has no soft-capping and no attention sinks"
+        )
+    flat = segments["flat"]
+    q, k, v = (take(x[0].transpose(0, 1), flat) for x in (query, key, value))  # (S, H, d)
+    repeats = q.shape[1] // k.shape[1]  # query heads that share one key head
+    k = k.repeat_interleave(repeats, 1)
+    v = v.repeat_interleave(repeats, 1)
+
+    left = -1  # tokens before itself that a query sees; -1: all of them
+    if sliding_window is not None:
+        left = sliding_window - 1
+    starts = segments["starts"]
+    longest = segments["longest"]
+    slots = varlen.varlen_attn(
+        q, k, v, starts, starts, longest, longest, scale=scaling, window_size=(left, 0)
+    )  # (S, H, d)
+    return take(slots, segments["back"])[None], None
 
 
+# transformers finds them by these names, as attn_implementation
 AttentionInterface.register("packed_sdpa", packed_sdpa)
 AttentionInterface.register("packed_varlen", packed_varlen)
