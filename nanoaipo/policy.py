@@ -1,8 +1,11 @@
-"""The policy that train.py trains: built without memory and sharded, filled and saved weight by weight; LoRA.
+"""The policy that train.py trains: built without memory, sharded, filled and saved by the weight.
+
+In the order of a run: build_policy, load_weights, then flops at each step, save_policy at the end.
+LoRA adapters are part of the policy while it trains, and are merged into its weights when saved.
 """
+
 import math
 import os
-import sys
 import time
 
 import torch
@@ -14,151 +17,360 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import losses
 from nanoaipo import packing  # noqa: F401 (it registers the attention functions)
+from nanoaipo.errors import InputError
 
 
 class Policy(torch.nn.Module):
-    """From ids to log-probabilities inside one root module, so that FSDP has gathered the head when the gather needs it."""
+    """From ids to log-probabilities inside one root module.
+
+    FSDP gathers the head's weight for the root's forward, so it is whole when losses.logprob runs.
+    """
 
     def __init__(self, lm, chunk, squares):
         super().__init__()
-        self.lm, self.chunk, self.squares, self.kernel = lm, chunk, squares, lm.config._attn_implementation
+        self.lm = lm
+        self.chunk = chunk
+        self.squares = squares
+        self.kernel = lm.config._attn_implementation
         self.softcap = getattr(lm.config, "final_logit_softcapping", None)
 
     def forward(self, input_ids, position_ids, index, labels, segments):
-        """Log-probs (N,) of the labels (N,), predicted at index (N,) of the row input_ids (1, T); with squares as losses.logprob."""
-        hidden = self.lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, segments=segments).last_hidden_state
-        hidden, head = hidden[0, index], self.lm.get_output_embeddings()
-        weight = head.weight
-        if head.bias is not None:                                       # Phi-2: one more column of the head, which always meets a 1
-            hidden, weight = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1), torch.cat([weight, head.bias[:, None]], 1)
+        """Log-probs (N,) of the labels (N,), predicted at index (N,) of the row input_ids (1, T).
+
+        The arguments are those of packing.pack. With squares there are two results, as of
+        losses.logprob.
+        """
+        output = self.lm.base_model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, segments=segments
+        )
+        hidden = output.last_hidden_state[0, index]  # (N, D)
+        head = self.lm.get_output_embeddings()
+        weight = head.weight  # (V, D)
+
+        # Phi-2's head has a bias: one more column of the head, which always meets a 1
+        if head.bias is not None:
+            ones = hidden.new_ones(len(hidden), 1)
+            hidden = torch.cat([hidden, ones], 1)  # (N, D + 1)
+            weight = torch.cat([weight, head.bias[:, None]], 1)  # (V, D + 1)
         return losses.logprob(hidden, weight, labels, self.chunk, self.softcap, self.squares)
 
 
-def build_policy(name, mesh, dtype, *, chunk, recompute, compile, lora_rank, lora_alpha, squares=False):
-    """The policy on the meta device, each decoder layer sharded over `mesh`, then the root; no weight has memory yet.
+# ---- build: the model on the meta device, adapted and sharded ----
 
-    dtype: of computation; weights that train are float32, frozen ones (LoRA) are kept in dtype. Ends the program, naming the
-    reason, for an architecture that it would not compute exactly.
+
+def build_policy(
+    name, mesh, dtype, *, chunk, recompute, compile, lora_rank, lora_alpha, squares=False
+):
+    """The policy on the meta device, sharded over `mesh`; no weight has memory yet.
+
+    dtype: of the computation. Weights that train are float32, frozen ones (LoRA) are in dtype.
+    Raises InputError, naming the reason, for an architecture that it would not compute exactly.
     """
-    device = torch.device(mesh.device_type, torch.cuda.current_device()) if mesh.device_type == "cuda" else torch.device("cpu")
-    hf = AutoConfig.from_pretrained(name)
-    for key, value in hf.to_dict().items():
-        if "drop" in key and isinstance(value, float):
-            setattr(hf, key, 0.0)                                       # dropout would make policy and reference differ
-    width = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    fast = (device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0) and dtype != torch.float32 and width % 8 == 0 and width <= 256
-            and not getattr(hf, "attn_logit_softcapping", None))        # what the variable-length kernel can
+    device = torch.device("cpu")
+    if mesh.device_type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+
+    # The architecture, from config.json alone
+    config = AutoConfig.from_pretrained(name)
+    turn_off_dropout(config)
+    kernel = choose_kernel(config, device, dtype)
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(hf, dtype=torch.float32, attn_implementation="packed_varlen" if fast else "packed_sdpa")
-    head = lm.get_output_embeddings()
-    unsupported = [k for k in ("logit_scale", "logits_scaling") if getattr(hf, k, None) not in (None, 1.0)]
-    unsupported += sorted(set(getattr(hf, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})    # only attention knows of sequences
-    if unsupported or getattr(lm, "_is_stateful", False) or head is None or not hasattr(lm.base_model, "layers"):
-        sys.exit(f"--model={name}: architecture {lm.__class__.__name__} is not supported ({unsupported or 'its head or its layers'})")
-    for module in lm.modules():                                         # rotary tables and the like are made, not loaded
-        for buffer_name, buffer in module.named_buffers(recurse=False):
-            module._buffers[buffer_name] = torch.full_like(buffer, float("nan"), device=device)
-            lm._init_weights(module)
-            if module._buffers[buffer_name].isnan().any() or buffer_name not in module._non_persistent_buffers_set:
-                sys.exit(f"--model={name}: {lm.__class__.__name__} has a buffer '{buffer_name}' that this loader cannot make")
+        lm = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=kernel
+        )
+    check_supported(lm, name)
+    make_buffers(lm, device, name)
+
+    # What trains, and how
     if lora_rank:
-        from peft import LoraConfig, inject_adapter_in_model
-        lm = inject_adapter_in_model(LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules="all-linear"), lm, low_cpu_mem_usage=True)
-        for parameter in lm.parameters():
-            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+        lm = add_adapters(lm, lora_rank, lora_alpha, dtype)
     lm.train()
     if recompute:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(lm, chunk, squares)
+    return shard(Policy(lm, chunk, squares), mesh, dtype, compile)
+
+
+def turn_off_dropout(config):
+    """Set every dropout rate to 0: with dropout, policy and reference would differ by chance."""
+    for key, value in config.to_dict().items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+
+
+def head_width(config):
+    """Numbers in one attention head."""
+    head_dim = getattr(config, "head_dim", None)
+    return head_dim or config.hidden_size // config.num_attention_heads
+
+
+def choose_kernel(config, device, dtype):
+    """Name of the attention function: packed_varlen if it can compute this model here."""
+    width = head_width(config)
+    if device.type != "cuda" or dtype == torch.float32:
+        return "packed_sdpa"
+    if torch.cuda.get_device_capability() < (8, 0):  # before Ampere
+        return "packed_sdpa"
+    if width % 8 != 0 or width > 256:
+        return "packed_sdpa"
+    if getattr(config, "attn_logit_softcapping", None):  # Gemma-2
+        return "packed_sdpa"
+    return "packed_varlen"
+
+
+def check_supported(lm, name):
+    """Raise InputError for a model that Policy.forward would compute wrongly, or not at all."""
+    # Factors on the logits, which losses.logprob does not apply
+    unsupported = []
+    for key in ("logit_scale", "logits_scaling"):
+        if getattr(lm.config, key, None) not in (None, 1.0):
+            unsupported.append(key)
+
+    # Layers that mix tokens by other means than attention, which alone knows of the row's sequences
+    layer_types = set(getattr(lm.config, "layer_types", None) or ())
+    unsupported += sorted(layer_types - {"full_attention", "sliding_attention"})
+    is_stateful = getattr(lm, "_is_stateful", False)
+
+    has_head = lm.get_output_embeddings() is not None
+    has_layers = hasattr(lm.base_model, "layers")
+    if unsupported or is_stateful or not has_head or not has_layers:
+        reason = unsupported or "its head or its layers"
+        raise InputError(
+            f"--model={name}: architecture {lm.__class__.__name__} is not supported ({reason})"
+        )
+
+
+def make_buffers(lm, device, name):
+    """Compute rotary tables and the like on the device: files of weights do not hold them.
+
+    Raises InputError for a buffer that the model's own initialisation leaves as it is, or that
+    would have to be loaded.
+    """
+    for module in lm.modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            # NaN shows afterwards what the initialisation did not fill
+            module._buffers[key] = torch.full_like(buffer, float("nan"), device=device)
+            lm._init_weights(module)
+            is_made = not module._buffers[key].isnan().any()
+            if not is_made or key not in module._non_persistent_buffers_set:
+                raise InputError(
+                    f"--model={name}: {lm.__class__.__name__} has a buffer '{key}' "
+                    "that this loader cannot make"
+                )
+
+
+def add_adapters(lm, rank, alpha, dtype):
+    """The model with LoRA adapters (2106.09685) on all linear layers, which alone will train."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear")
+    lm = inject_adapter_in_model(settings, lm, low_cpu_mem_usage=True)
+    for parameter in lm.parameters():
+        if parameter.requires_grad:  # the adapters
+            parameter.data = parameter.data.to(torch.float32)
+        else:
+            parameter.data = parameter.data.to(dtype)
+    return lm
+
+
+def shard(policy, mesh, dtype, compile):
+    """Shard each decoder layer over `mesh`, then the root with what is left: embedding, norm, head.
+
+    Layers and root are gathered in dtype when they compute; gradients are summed in float32.
+    """
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for layer in lm.base_model.layers:
+    for layer in policy.lm.base_model.layers:
         if compile:
             layer.compile(dynamic=True)
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     return fully_shard(policy, mesh=mesh, mp_policy=precision)
 
 
-def load_weights(policy, name, seed=0):
-    """Fill the policy from safetensors: every process reads the rows of each weight that it will hold.
+# ---- load: each process reads the rows that it holds ----
 
-    Adapters start as LoRA does (2106.09685): A drawn from the seed, B zero, so that the policy is the model it starts from.
+
+def load_weights(policy, name, seed=0):
+    """Fill the policy from safetensors: every process reads the rows of each weight that it holds.
+
+    Adapters start as in LoRA: A random, from the seed, and B zero, so that the policy is the model
+    it starts from. Raises InputError for a weight that is missing or has another shape.
     """
+    folder = name
     if not os.path.isdir(name):
-        from huggingface_hub import snapshot_download
-        name = snapshot_download(name, allow_patterns=["*.safetensors", "*.json"], ignore_patterns=["consolidated*", "original/*"])
-    found = {}
-    for file in sorted(f for f in os.listdir(name) if f.endswith(".safetensors")):
-        path = os.path.join(name, file)
-        try:
-            with safe_open(path, "pt") as f:
-                found |= dict.fromkeys(f.keys(), path)
-        except (SafetensorError, OSError) as e:
-            sys.exit(f"{path}: not a whole safetensors file ({e})")
-    found or sys.exit(f"--model={name}: no *.safetensors in it; other formats can run code and are not read")
-    state, done, draw = {}, {}, torch.Generator().manual_seed(seed)
+        folder = download(name)
+    path_of = weight_files(folder)
+    rng = torch.Generator().manual_seed(seed)
+
+    state = {}
+    filled = {}  # by id: a head tied to the embedding is one weight with two names
     for key, parameter in policy.lm.named_parameters(remove_duplicate=False):
-        if id(parameter) not in done:                                   # an output head tied to the embedding is one weight
-            stored = key.replace(".base_layer.", ".")
-            shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+        if id(parameter) not in filled:
+            # FSDP divides the rows of a weight among the processes
+            shape, offset = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
             mine = slice(offset[0], offset[0] + shape[0])
             if ".lora_A." in key:
-                local = torch.empty(parameter.shape).uniform_(-(parameter.shape[1] ** -0.5), parameter.shape[1] ** -0.5, generator=draw)[mine]
+                # Every process draws the whole matrix, so all draw the same
+                bound = parameter.shape[1] ** -0.5
+                local = torch.empty(parameter.shape).uniform_(-bound, bound, generator=rng)[mine]
             elif ".lora_B." in key:
                 local = torch.zeros(shape)
             else:
-                stored in found or sys.exit(f"--model={name}: weight {stored} is missing in its safetensors")
-                with safe_open(found[stored], "pt") as f:               # opened anew, so that the mapped file does not add up
-                    rows = f.get_slice(stored)
-                    if rows.get_shape() != list(parameter.shape):
-                        sys.exit(f"--model={name}: weight {stored} has shape {rows.get_shape()}, its config.json says {list(parameter.shape)}")
-                    local = rows[mine]
-            local = local.to(parameter.device_mesh.device_type, parameter.dtype, copy=True)
-            whole = DTensor.from_local(local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride())
-            done[id(parameter)] = torch.nn.Parameter(whole, requires_grad=parameter.requires_grad)
-        state[key] = done[id(parameter)]
+                stored_key = key.replace(".base_layer.", ".")
+                local = read_rows(path_of, stored_key, parameter.shape, mine, folder)
+            filled[id(parameter)] = as_shard(local, parameter)
+        state[key] = filled[id(parameter)]
     policy.lm.load_state_dict(state, strict=False, assign=True)
 
 
+def download(name):
+    """Folder of a hub model's weights and settings, fetched unless it is there."""
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(
+        name,
+        allow_patterns=["*.safetensors", "*.json"],
+        ignore_patterns=["consolidated*", "original/*"],  # the same weights in other layouts
+    )
+
+
+def weight_files(folder):
+    """The file of each weight, {name: path}; raises InputError for a broken file, or none."""
+    path_of = {}
+    for file in sorted(os.listdir(folder)):
+        if not file.endswith(".safetensors"):
+            continue
+        path = os.path.join(folder, file)
+        try:
+            with safe_open(path, "pt") as f:
+                for key in f.keys():
+                    path_of[key] = path
+        except (SafetensorError, OSError) as e:
+            raise InputError(f"{path}: not a whole safetensors file ({e})") from e
+    if not path_of:
+        raise InputError(
+            f"--model={folder}: no *.safetensors in it; other formats can run code and are not read"
+        )
+    return path_of
+
+
+def read_rows(path_of, key, shape, rows, folder):
+    """These rows, a slice, of the weight of this name and (whole) shape, from its file."""
+    if key not in path_of:
+        raise InputError(f"--model={folder}: weight {key} is missing in its safetensors")
+
+    # The file is opened anew for each weight, so that its mapped pages do not add up in memory
+    with safe_open(path_of[key], "pt") as f:
+        stored = f.get_slice(key)
+        if stored.get_shape() != list(shape):
+            raise InputError(
+                f"--model={folder}: weight {key} has shape {stored.get_shape()}, "
+                f"its config.json says {list(shape)}"
+            )
+        return stored[rows]
+
+
+def as_shard(local, parameter):
+    """A parameter like this one, with memory: `local` holds the rows of this process."""
+    local = local.to(parameter.device_mesh.device_type, parameter.dtype, copy=True)
+    whole = DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    return torch.nn.Parameter(whole, requires_grad=parameter.requires_grad)
+
+
+# ---- how fast it could train ----
+
+
 def flops(policy, pairs):
-    """Model FLOPs of one training step on these pairs, their prompts computed once: forward, and twice that backward (once
-    where weights are frozen). What is computed a second time, by recomputation or by the gather, is not counted."""
-    hf, layers = policy.lm.config, policy.lm.base_model.layers
-    body, head = (sum(p.numel() for p in m.parameters()) for m in (layers, policy.lm.get_output_embeddings()))
-    width = len(layers) * hf.num_attention_heads * (getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads)
+    """Model FLOPs of one training step on these pairs, each prompt computed once.
+
+    Forward, and backward at twice that, or once where weights are frozen (LoRA). What is computed
+    a second time, by recomputation or in the log-prob gather, does not count.
+    """
+    config = policy.lm.config
+    layers = policy.lm.base_model.layers
+    head = policy.lm.get_output_embeddings()
+    body_size = sum(p.numel() for p in layers.parameters())
+    head_size = sum(p.numel() for p in head.parameters())
+    width = len(layers) * config.num_attention_heads * head_width(config)
+
     forward = 0
     for pair in pairs:
-        p, w, l = (len(pair[k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids"))
-        forward += 2 * body * (p + w + l) + 2 * head * (w + l) + 2 * width * ((p + w) ** 2 + (p + l) ** 2 - p**2)    # causal: half a square
-    return forward * (3 if all(p.requires_grad for p in policy.parameters()) else 2)
+        p = len(pair["prompt_ids"])
+        w = len(pair["chosen_ids"])
+        l = len(pair["rejected_ids"])
+        # Each weight is multiplied and added once per token, the head's per response token
+        forward += 2 * body_size * (p + w + l)
+        forward += 2 * head_size * (w + l)
+        # Scores and values: two products of width * length^2, of which causal attention takes half
+        forward += 2 * width * ((p + w) ** 2 + (p + l) ** 2 - p**2)
+
+    # Backward: gradients of activations, and of weights where these train
+    if all(parameter.requires_grad for parameter in policy.parameters()):
+        return 3 * forward
+    return 2 * forward
 
 
 def matmul_rate(n, device, dtype):
-    """FLOP/s of the product of two n x n matrices, best of five: what this device can do, which model FLOPs are compared with."""
-    a, best = torch.randn(n, n, device=device, dtype=dtype), math.inf
+    """FLOP/s of the product of two n x n matrices, the best of six.
+
+    That is what this device can do; model FLOPs are compared with it (MFU).
+    """
+    x = torch.randn(n, n, device=device, dtype=dtype)
+    best = math.inf
     for _ in range(6):
-        began = time.perf_counter()
-        (a @ a)[0, 0].item()                                            # waits for the device
-        best = min(best, time.perf_counter() - began)
+        t0 = time.perf_counter()
+        product = x @ x
+        product[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - t0)
     return 2 * n**3 / best
 
 
-def save_policy(policy, folder, dtype, tokenizer, ends, rank):
-    """Gather the weights one after another on rank 0, adapters merged, and write them as a Hugging Face folder."""
-    weights, state = dict(policy.lm.named_parameters()), {}
-    for key, parameter in weights.items():
+# ---- save ----
+
+
+def save_policy(policy, folder, dtype, tokenizer, eos_ids, rank):
+    """Write the policy as a Hugging Face folder in dtype, adapters merged, on rank 0.
+
+    All processes have to call it: weights are gathered one after another.
+    """
+    parameters = dict(policy.lm.named_parameters())
+    state = {}
+    for key, parameter in parameters.items():
         if ".lora_" in key:
-            continue
-        whole = parameter.full_tensor().detach()
-        adapted, _, kind = key.rpartition(".base_layer.")
-        if adapted and kind == "weight":
-            b, a = (weights[f"{adapted}.lora_{x}.default.weight"].full_tensor().detach() for x in "BA")
-            whole = whole.float() + policy.lm.get_submodule(adapted).scaling["default"] * (b @ a)
+            continue  # it is merged into the weight that it adapts
+        weight = parameter.full_tensor().detach()
+        if key.endswith(".base_layer.weight"):
+            weight = weight.float() + adapter_product(policy.lm, parameters, key)
         if rank == 0:
-            state[key.replace(".base_layer.", ".")] = whole.to("cpu", dtype, copy=True)    # gathered rows may lie in a longer buffer
-    if rank == 0:
-        from huggingface_hub import save_torch_state_dict
-        save_torch_state_dict(state, folder, metadata={"format": "pt"})
-        policy.lm.config.dtype = dtype
-        policy.lm.config.save_pretrained(folder)
-        GenerationConfig(eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+            # A copy, because gathered rows may lie in a longer buffer
+            stored_key = key.replace(".base_layer.", ".")
+            state[stored_key] = weight.to("cpu", dtype, copy=True)
+    if rank != 0:
+        return
+
+    from huggingface_hub import save_torch_state_dict
+
+    save_torch_state_dict(state, folder, metadata={"format": "pt"})
+    policy.lm.config.dtype = dtype
+    policy.lm.config.save_pretrained(folder)
+    generation = GenerationConfig(
+        eos_token_id=sorted(eos_ids),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    generation.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def adapter_product(lm, parameters, key):
+    """What the adapter adds to the weight of this name: scaling * B A, in float32."""
+    layer = key.removesuffix(".base_layer.weight")
+    a = parameters[f"{layer}.lora_A.default.weight"].full_tensor().detach()  # (rank, in)
+    b = parameters[f"{layer}.lora_B.default.weight"].full_tensor().detach()  # (out, rank)
+    return lm.get_submodule(layer).scaling["default"] * (b @ a)  # (out, in)
