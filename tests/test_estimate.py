@@ -1,0 +1,372 @@
+"""estimate.py: its counts against real models and real training, and what it refuses.
+
+What it says of a whole run is compared with the run in test_loop.py.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, build_model, run
+
+import losses
+from configurator import SCRIPTS, declared
+from nanoaipo import estimate
+from nanoaipo.errors import InputError
+
+GIB = 2**30
+
+
+def settings(**changed):
+    """All settings of all scripts at their defaults, but for those given."""
+    every = {"out": "out/none", "prompts": "nobody/nothing:train"}
+    for script in (*SCRIPTS, "nanoaipo/estimate.py"):
+        for key, (value, *_) in declared(script).items():
+            every.setdefault(key, value)
+    assert changed.keys() <= every.keys()
+    return SimpleNamespace(**every | changed)
+
+
+def count(parameters):
+    """How many numbers these parameters are."""
+    return sum(p.numel() for p in parameters)
+
+
+# ---- sizes, memory and losses against the real ones ----
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "architecture, config",
+    [("Llama", {}), ("Gemma2", {"query_pre_attn_scalar": 8}), ("Qwen2", {})],
+)
+def test_parameters_are_counted_as_the_real_model_has_them(architecture, config, tied, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    name = build_model(tmp_path / "model", architecture, tie_word_embeddings=tied, **config)
+    real = AutoModelForCausalLM.from_pretrained(name)
+
+    m = estimate.model_sizes(str(name), "float32")
+
+    assert m.parameters == count(real.parameters())
+    assert m.trained == count(real.parameters())
+    assert m.head == real.lm_head.weight.numel()
+    assert m.body == count(real.model.layers.parameters())
+    assert m.softcap is (architecture == "Gemma2")
+
+
+def test_adapters_are_counted_as_peft_makes_them(tiny_model):
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers import AutoModelForCausalLM
+
+    lm = AutoModelForCausalLM.from_pretrained(tiny_model)
+    adapted = inject_adapter_in_model(LoraConfig(r=4, target_modules="all-linear"), lm)
+
+    m = estimate.model_sizes(str(tiny_model), "float32", 4)
+
+    assert m.trained == count(p for name, p in adapted.named_parameters() if ".lora_" in name)
+
+
+def random_ids(n):
+    """Random ids of plain tokens, int32, as packing.pack reads them."""
+    return torch.randint(6, 200, (n,), dtype=torch.int32).numpy()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ["Llama", "Qwen3"])
+def test_what_a_token_keeps_for_backward_is_what_the_packed_row_keeps(
+    architecture, dtype, tmp_path
+):
+    from transformers import AutoModelForCausalLM
+
+    from nanoaipo.packing import pack
+
+    name = build_model(tmp_path / "model", architecture, num_key_value_heads=4)
+    lm = AutoModelForCausalLM.from_pretrained(
+        name, dtype=getattr(torch, dtype), attn_implementation="packed_sdpa"
+    )
+    pairs = []
+    for _ in range(4):
+        pair = {
+            "prompt_ids": random_ids(16),
+            "chosen_ids": random_ids(72),
+            "rejected_ids": random_ids(72),
+        }
+        pairs.append(pair)
+    row, _, _ = pack(pairs, "packed_sdpa")
+
+    # The storages that a real forward pass saves, weights left out
+    weights = {p.untyped_storage().data_ptr() for p in lm.parameters()}
+    saved = {}
+
+    def save(x):
+        saved[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+        output = lm.base_model(
+            input_ids=row["input_ids"],
+            position_ids=row["position_ids"],
+            use_cache=False,
+            segments=row["segments"],
+        )
+    activations = [x.untyped_storage() for key, x in saved.items() if key not in weights]
+    real = sum(storage.nbytes() for storage in activations) / row["input_ids"].numel()
+    del output
+
+    m = estimate.model_sizes(str(name), dtype)
+
+    assert m.activation_bytes == pytest.approx(real, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"recompute": False, "dtype": "float32"}, {"recompute": True, "dtype": "bfloat16"}],
+    ids=["float32", "bfloat16"],
+)
+def test_training_takes_the_memory_it_says(given, tmp_path):
+    name = build_model(
+        tmp_path / "model",
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        head_dim=64,
+        num_key_value_heads=4,
+        vocab_size=8000,
+        initializer_range=0.02,
+    )
+    pair = {
+        "prompt": "p",
+        "chosen": "c",
+        "rejected": "r",
+        "prompt_ids": [9] * 50,
+        "chosen_ids": [10] * 100,
+        "rejected_ids": [11] * 100,
+    }
+    (tmp_path / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 4)
+
+    # -u: in a process of its own, with its own memory
+    done = run(
+        "train.py",
+        python=["-u"],
+        model=name,
+        pairs=tmp_path / "pairs.jsonl",
+        out=tmp_path / "policy",
+        loss="dpo",
+        batch_size=4,
+        lr=1e-5,
+        **given,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = (tmp_path / "policy/metrics.jsonl").read_text().splitlines()
+    measured = json.loads(metrics[-1])["memory_gib"]
+    imports = (
+        "import nanoaipo.estimate, nanoaipo.policy, resource; "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    baseline = int(run("-c", imports).stdout)
+
+    m = estimate.model_sizes(str(name), given["dtype"])
+    need = estimate.train_memory(m, settings(**given), 1000, 800, on_cpu=True)
+
+    # A system may take back the libraries' pages, which are files
+    assert 0.75 * need / GIB < measured
+    assert measured < 1.25 * (need + baseline) / GIB
+
+
+def test_the_first_loss_is_what_train_prints(tiny_model, tmp_path):
+    # s_ref = 0, and lengths are equal
+    pair = {
+        "prompt": "p",
+        "chosen": "c",
+        "rejected": "r",
+        "prompt_ids": [9, 10, 11],
+        "chosen_ids": [12, 13, 14],
+        "rejected_ids": [12, 13, 14],
+    }
+    (tmp_path / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 4)
+    simpo = f"{math.log(1 + math.exp(0.5)):.4f}"
+
+    for loss, text, slope in (("aipo", "0.6931 + 0.2 x nll", 0.2), ("simpo", simpo, 0)):
+        expected = text + ", for pairs with s_ref = 0 and equal lengths"
+        assert estimate.first_loss(settings(loss=loss)) == expected
+
+        done = run(
+            "train.py",
+            model=tiny_model,
+            pairs=tmp_path / "pairs.jsonl",
+            out=tmp_path / loss,
+            loss=loss,
+            dtype="float32",
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        first = json.loads((tmp_path / loss / "metrics.jsonl").read_text().splitlines()[0])
+        constant = float(text.split()[0])
+        assert first["loss"] == pytest.approx(constant + slope * first["nll"], abs=1e-4)
+
+
+def test_every_objective_has_a_first_loss_or_says_what_it_hangs_on():
+    texts = {name: estimate.first_loss(settings(loss=name)) for name in losses.OBJECTIVES}
+
+    on_labels = {n for n, text in texts.items() if text.startswith("depends on the labels")}
+    assert on_labels == {"irepo", "sppo", "rebel"}
+    on_pairs = {n for n, text in texts.items() if text == "depends on the pairs"}
+    assert on_pairs == {"rpo", "slic"}
+    assert texts["hinge"].startswith("1.0000,")
+    assert texts["irpo"].startswith("0.6931 + 0.2 x nll")
+    assert texts["orpo"].startswith("0.1386 + 1 x nll")
+    with pytest.raises(InputError, match="--loss=dp: loss 'dp' is unknown"):
+        estimate.first_loss(settings(loss="dp"))
+
+
+# ---- GPUs that are not here ----
+
+
+@pytest.fixture
+def refusals_of_70b(tmp_path, monkeypatch):
+    """A function: the reasons why a 70B model cannot be trained on 8 GPUs of 80 GiB."""
+    from transformers import LlamaConfig
+
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e13))
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    )
+    config.save_pretrained(tmp_path)
+    defaults = {
+        "model": str(tmp_path),
+        "engine": "vllm",
+        "processes": 8,
+        "engines": 2,
+        "tensor_parallel": 4,
+        "ranker": "answer",
+        "gpus": "8x80",
+    }
+
+    def refusals(**changed):
+        s = settings(**defaults | changed)
+        lines, reasons = estimate.report(s, estimate.find_machine(s), 0)
+        assert "70,553.71M parameters" in lines[0]
+        assert lines[1].startswith(f"{s.gpus[0]} GPUs of ")
+        assert not any(line.startswith("training time") for line in lines)  # not measured
+        return reasons
+
+    return refusals
+
+
+def test_a_70b_model_is_planned_on_gpus_that_are_not_here(refusals_of_70b):
+    # 16 bytes a parameter: 131 GiB on each of 8
+    [train] = refusals_of_70b()
+    assert train.startswith("train: needs 1")
+    assert (
+        "there are 80.0; weights, gradients and moments alone are 131.4: more --processes" in train
+    )
+    assert refusals_of_70b(lora_rank=16) == []
+    assert refusals_of_70b(gpus="8x192x1000") == []  # TFLOP/s may stand behind, and are not read
+
+    [engine] = refusals_of_70b(engines=8, tensor_parallel=1, lora_rank=16)
+    assert engine.startswith("generate: beside weights of 131.4 GiB")
+    assert "--tensor_parallel" in engine
+
+    # vLLM's share is of all memory, its CUDA context included
+    assert refusals_of_70b(lora_rank=16, gpu_memory=0.99) == []
+
+    assert refusals_of_70b(gpus="4x800") == [
+        "--processes: 8 GPUs are wanted, there are 4",
+        "--engines: 8 GPUs are wanted, there are 4",
+    ]
+
+
+def test_the_disk_is_checked_for_every_model_of_the_run(refusals_of_70b):
+    [disk] = refusals_of_70b(lora_rank=16, iterations=100)
+
+    assert disk.startswith("out/none: needs ")
+    assert 13141 < float(disk.split()[2]) < 13500  # a model of 131 GiB each
+    assert "GiB of disk, 9313.2 are free" in disk
+
+
+# ---- as a user calls it ----
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_model):
+    """A folder with prompts and a recipe."""
+    folder = tmp_path_factory.mktemp("run")
+    with open(folder / "prompts.jsonl", "w") as f:
+        for k in range(20):
+            f.write(json.dumps({"prompt": f"question {k}"}) + "\n")
+    recipe = {
+        "model": str(tiny_model),
+        "prompts": "prompts.jsonl",
+        "eval_prompts": "prompts.jsonl",
+        "engine": "transformers",
+        "max_new_tokens": 32,
+        "ranker": "answer",
+        "eval_ranker": "answer",
+        "dtype": "float32",
+        "loss": "dpo",
+    }
+    (folder / "r.py").write_text("".join(f"{k} = {v!r}\n" for k, v in recipe.items()))
+    return folder
+
+
+def preflight(folder, *arguments):
+    """(Exit code, output) of iterate.sh --preflight with the recipe in a folder."""
+    path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+    done = subprocess.run(
+        ["bash", str(ROOT / "iterate.sh"), "r.py", *arguments],
+        cwd=folder,
+        env=os.environ | {"PATH": path, "VIRTUAL_ENV": sys.prefix},
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_it_prints_the_plan_and_writes_nothing(folder):
+    before = sorted(folder.rglob("*"))
+
+    code, text = preflight(folder, "--preflight")
+
+    assert code == 0, text
+    assert "0.04M parameters" in text
+    assert "first loss: 0.6931, " in text
+    assert "a response has 16 tokens (half of max_new_tokens" in text
+    for stage in ("generate", "train", "answers"):
+        assert f"\n{stage} " in text
+    assert "\ntraining time: " in text
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_it_refuses_what_does_not_fit(folder):
+    code, text = preflight(folder, "--preflight", "--gpus=8x1x100")
+
+    assert code == 1
+    refusal = "generate: needs 1.5 GiB in each of 1 processes, there are 1.0; lower --generate_rows"
+    assert f"does not fit:\n  {refusal}\n" in text
+
+
+def test_it_refuses_settings_that_cannot_be(folder):
+    code, text = preflight(folder, "--preflight", "--n_prompt=3")
+    assert code == 1
+    assert text == "--n_prompt=3: unknown setting 'n_prompt', did you mean 'n_prompts'?\n"
+
+    _, text = preflight(folder, "--preflight", "--gpus=8")
+    assert text.endswith("--gpus=8: write NUMBERxGIB, such as 8x80\n")
+
+    _, text = preflight(folder, "--preflight", "--model=nowhere/none")
+    assert text.splitlines()[-1].startswith("--model=nowhere/none: no config.json")
+
+    # A setting of the preflight alone
+    _, text = preflight(folder, "--response_tokens=3")
+    assert "unknown setting 'response_tokens'" in text
