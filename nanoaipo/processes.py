@@ -1,16 +1,102 @@
-"""Who this process is among those of torchrun, and which device is its own.
-"""
+"""The processes of a run: which one this is, its device, how they start together and end."""
+
+import contextlib
+import ctypes
+import datetime
 import os
+import resource
+import sys
 
 DTYPES = ("bfloat16", "float32")
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+# torchrun sets both; without it a script is one process
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def pick_device():
     """This process's GPU, chosen by LOCAL_RANK, else the CPU."""
     import torch
+
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def print0(line):
+    """Print a line from the first process only."""
+    if RANK == 0:
+        print(line, flush=True)
+
+
+def keep_freed_memory():
+    """Ask glibc to keep the memory of large tensors for the next ones; elsewhere do nothing.
+
+    By default it gives them back to the system, and fresh pages are slow: a fifth of the time.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3  # names and numbers of malloc.h
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_trim_threshold, 2**30)
+        libc.mallopt(m_mmap_threshold, 2**30)
+
+
+def start_processes(device, shard_size=0):
+    """Connect the processes of this run and return the mesh over which FSDP shards.
+
+    shard_size: processes that share one copy of the weights; 0: all. With it the mesh has two
+    dimensions, (replicate, shard).
+    """
+    import torch.distributed as dist
+
+    if device.type == "cpu":
+        keep_freed_memory()
+        backend = "gloo"
+    else:
+        backend = "nccl"
+    timeout = datetime.timedelta(hours=2)  # the others wait while rank 0 writes a large model
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:  # started by python, not by torchrun: one process, and no port is opened
+        store = dist.HashStore()
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
+
+    if shard_size:
+        shape = (WORLD_SIZE // shard_size, shard_size)
+        return dist.init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return dist.init_device_mesh(device.type, (WORLD_SIZE,), mesh_dim_names=("shard",))
+
+
+def peak_memory(device):
+    """GiB at the peak so far: of the device where it counts itself, else of this process."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def stop_processes():
+    """End the process group behind finished work; several processes on a CPU end here, with 0.
+
+    Files have to be closed and loggers finished before.
+    """
+    import torch.distributed as dist
+
+    on_cpu = dist.get_backend() == "gloo"
+    dist.barrier()  # gloo aborts a process whose peer has left
+    dist.destroy_process_group()
+
+    # gloo's worker thread frees the tensors of its last collective, here the barrier, when it gets
+    # round to it, and asks for the interpreter's lock to do so. If Python is finalizing by then, it
+    # ends the thread by force, inside a destructor, and C++ aborts the whole process ("terminate
+    # called without an active exception", exit -6). destroy_process_group does not prevent it: the
+    # mesh and FSDP still hold the group. So Python does not finalize. An error never comes here,
+    # so it keeps its exit code.
+    if on_cpu and WORLD_SIZE > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

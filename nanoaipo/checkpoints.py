@@ -1,0 +1,93 @@
+"""Checkpoints: what a training step changes. All else follows from the settings and the pairs.
+
+A checkpoint is the folder OUTPUT_DIR/step_NNNNNN, named after the steps done. Any number of
+processes can go on from it: torch.distributed.checkpoint deals its rows anew.
+"""
+
+import glob
+import json
+import os
+import shutil
+
+import torch
+import torch.distributed as dist
+
+from nanoaipo.files import write_json
+from nanoaipo.processes import RANK, print0
+
+
+def training_state(trained, optimizer):
+    """Weights that train and their moments, as tensors that can be saved, and filled in place.
+
+    trained: {name: parameter}, the parameters of the optimizer, an AdamW. AdamW makes its moments
+    at its first step; they are made here if they are wanted before.
+    """
+    state = {}
+    for name, parameter in trained.items():
+        if parameter not in optimizer.state:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        state[f"{name}.weight"] = parameter.detach()
+        for moment, tensor in optimizer.state[parameter].items():
+            state[f"{name}.{moment}"] = tensor
+    return state
+
+
+def find_checkpoints(output_dir):
+    """The folders of checkpoints, oldest first."""
+    return sorted(glob.glob(os.path.join(output_dir, "step_*[0-9]")))
+
+
+def file_sizes(folder):
+    """{name: bytes} of the files in a folder."""
+    return {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+
+
+def save_checkpoint(output_dir, steps_done, trained, optimizer, keep):
+    """Write a checkpoint under a temporary name, then rename it, and remove all but `keep`."""
+    import torch.distributed.checkpoint as dcp  # half a second, so not before it is needed
+
+    folder = os.path.join(output_dir, f"step_{steps_done:06d}")
+    temporary = folder + ".tmp"
+    dcp.save(training_state(trained, optimizer), checkpoint_id=temporary)
+    if RANK == 0:
+        write_json(os.path.join(temporary, "sizes.json"), file_sizes(temporary))
+        os.replace(temporary, folder)
+        for old in find_checkpoints(output_dir)[:-keep]:
+            shutil.rmtree(old)
+
+
+def first_broken_file(folder):
+    """The name of a file of this checkpoint that is not whole, or None."""
+    there = file_sizes(folder)
+    if "sizes.json" not in there:
+        return "sizes.json"
+    with open(os.path.join(folder, "sizes.json"), encoding="utf-8") as f:
+        sizes = json.load(f)
+    for name, size in sizes.items():
+        if there.get(name) != size:
+            return name
+    return None
+
+
+def load_newest_checkpoint(output_dir, trained, optimizer):
+    """Fill weights and moments from the newest whole checkpoint; return its steps, 0 without one.
+
+    Broken ones are removed, with a message.
+    """
+    for folder in reversed(find_checkpoints(output_dir)):
+        broken = first_broken_file(folder)
+        if broken is None:
+            import torch.distributed.checkpoint as dcp
+
+            dcp.load(training_state(trained, optimizer), checkpoint_id=folder)
+            print0(f"going on from {folder}")
+            return int(folder[-6:])
+        print0(f"{folder}: passed over, {broken} is not whole")
+        dist.barrier()  # all have looked at it
+        if RANK == 0:
+            shutil.rmtree(folder)
+    return 0

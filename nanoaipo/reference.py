@@ -1,0 +1,56 @@
+"""The cache of reference log-probabilities: one safetensors file, (pairs, 2), chosen and rejected.
+
+It carries what it was made from, so that a file of another model, dtype or version, or of other
+pairs, is recognised.
+"""
+
+import contextlib
+import os
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from nanoaipo.processes import RANK, print0
+
+
+def read_cache(path, made_from, pair_ids):
+    """The tensor in the file, or None if it cannot serve for the pairs with these indices."""
+    with contextlib.suppress(SafetensorError), safe_open(path, "pt") as f:
+        metadata = f.metadata() or {}
+        if metadata.get("made_from") == made_from:
+            reference = f.get_tensor("reference")  # (pairs, 2)
+            if reference[pair_ids].all():  # 0 stands for a pair that was not computed
+                return reference
+    return None
+
+
+def load_reference(path, made_from, pair_ids, device):
+    """Log-probs (pairs, 2) from the cache, or None, on all processes, if one of them cannot use it.
+
+    made_from: text that has to be that of save_reference. pair_ids: the pairs that are needed.
+    """
+    reference = None
+    if os.path.exists(path):
+        reference = read_cache(path, made_from, pair_ids)
+        if reference is None:
+            print0(
+                f"{path}: not whole, or made by another model, dtype or version, "
+                "or for other pairs; computed again"
+            )
+
+    # all or none: another run may be writing the file
+    usable = torch.tensor(int(reference is not None), device=device)
+    dist.all_reduce(usable, dist.ReduceOp.MIN)
+    if not usable:
+        return None
+    return reference.to(device)
+
+
+def save_reference(path, made_from, reference):
+    """Write the cache from the first process: under a name of its own, then renamed."""
+    if RANK == 0:
+        temporary = f"{path}.{os.getpid()}"
+        save_file({"reference": reference.cpu()}, temporary, {"made_from": made_from})
+        os.replace(temporary, path)
