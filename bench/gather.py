@@ -1,10 +1,12 @@
-"""The log-prob gather against log_softmax and gather, side by side: time forward and backward, and peak memory above the inputs.
+"""The log-prob gather against log_softmax and gather: time forward and backward, and peak memory.
 
     python bench/gather.py
 
-On a CPU in float32, the memory read as the process's high-water mark in a process of its own; with a CUDA GPU in bfloat16,
-against Liger's fused linear cross-entropy too where it is installed (its loss sums over tokens: one weight for all, as in SFT).
+Memory is above the inputs. On a CPU in float32, the memory read as the process's high-water mark in
+a process of its own; with a CUDA GPU in bfloat16, against Liger's fused linear cross-entropy too
+where it is installed (its loss sums over tokens: one weight for all, as in SFT).
 """
+
 import importlib.util
 import json
 import os
@@ -15,44 +17,57 @@ import time
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from losses import logprob
+from losses import logprob  # noqa: E402
 
-T, D, ROUNDS = 4096, 512, 2
+T = 4096  # tokens
+D = 512  # hidden width
+ROUNDS = 2
+VOCABULARIES = (32_000, 128_000, 256_000)
 
 
 def ours(hidden, weight, labels):
-    return logprob(hidden, weight, labels, 1024 if hidden.is_cuda else 256)
+    chunk = 1024 if hidden.is_cuda else 256
+    return logprob(hidden, weight, labels, chunk)
 
 
 def naive(hidden, weight, labels):
-    return (hidden @ weight.T).float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    logits = (hidden @ weight.T).float()  # (T, V)
+    return logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
 
 
 def liger(hidden, weight, labels):
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-    return -LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, labels, None, None, -100, 0.0, 0.0, "sum")[0]
+
+    fused = LigerFusedLinearCrossEntropyFunction
+    return -fused.apply(hidden, weight, labels, None, None, -100, 0.0, 0.0, "sum")[0]
 
 
 def inputs(V, device, dtype):
-    draw = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(n, D, generator=draw).mul_(0.2).to(device, dtype).requires_grad_() for n in (T, V))
-    return hidden, weight, torch.randint(V, (T,), generator=draw).to(device)
+    """(hidden (T, D), weight (V, D), labels (T,)); the first two want gradients."""
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(T, D, generator=rng).mul_(0.2).to(device, dtype).requires_grad_()
+    weight = torch.randn(V, D, generator=rng).mul_(0.2).to(device, dtype).requires_grad_()
+    labels = torch.randint(V, (T,), generator=rng).to(device)
+    return hidden, weight, labels
 
 
 def once(f, hidden, weight, labels):
     """Seconds of one forward and backward pass."""
-    hidden.grad = weight.grad = None
-    began = time.perf_counter()
+    hidden.grad = None
+    weight.grad = None
+    t0 = time.perf_counter()
     f(hidden, weight, labels).sum().backward()
     if hidden.is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - t0
 
 
 def status(field):
     """Bytes of a field of Linux's account of this process."""
     with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field))
+        for line in f:
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
 
 
 def peak(f, V, device, dtype):
@@ -63,36 +78,63 @@ def peak(f, V, device, dtype):
         before = torch.cuda.memory_allocated()
         once(f, *arguments)
         return torch.cuda.max_memory_allocated() - before
-    done = subprocess.run([sys.executable, __file__, f.__name__, str(V)], capture_output=True, text=True, check=True)
+
+    command = [sys.executable, __file__, f.__name__, str(V)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
 
-def main(device, dtype, functions):
-    print(f"{device} {torch.cuda.get_device_name() if device == 'cuda' else f'{torch.get_num_threads()} threads'}, torch {torch.__version__}, "
-          f"{dtype}, T={T}, D={D}, best of {ROUNDS} alternating rounds")
-    for V in (32_000, 128_000, 256_000):
-        arguments, memory = inputs(V, device, dtype), {f.__name__: peak(f, V, device, dtype) for f in functions}
+def print_peak_here(name, V):
+    """Print the peak of one pass of a function in this process, which does nothing else."""
+    arguments = inputs(V, "cpu", torch.float32)
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # the high-water mark starts here
+    before = status("VmRSS")
+    once(globals()[name], *arguments)
+    print(status("VmHWM") - before)
+
+
+def compare(device, dtype, functions):
+    """Time the functions in alternating rounds and print the best of each."""
+    machine = f"{torch.get_num_threads()} threads"
+    if device == "cuda":
+        machine = torch.cuda.get_device_name()
+    print(
+        f"{device} {machine}, torch {torch.__version__}, {dtype}, T={T}, D={D}, "
+        f"best of {ROUNDS} alternating rounds"
+    )
+    for V in VOCABULARIES:
+        arguments = inputs(V, device, dtype)
+        memory = {f.__name__: peak(f, V, device, dtype) for f in functions}
         seconds = {f.__name__: [] for f in functions}
-        for _ in range(ROUNDS + 1):                                     # the first warms up
+        for _ in range(ROUNDS + 1):  # the first warms up
             for f in functions:
                 seconds[f.__name__].append(once(f, *arguments))
-        best = {name: min(s[1:]) for name, s in seconds.items()}
+        best = {name: min(times[1:]) for name, times in seconds.items()}
+
         for name in best:
-            print(f"V={V:7,}  {name:6}  {best[name] * 1e3:9.1f} ms  {memory[name] / 2**20:8.0f} MiB" + (
-                f"   naive/ours: time {best[name] / best['ours']:.2f}, memory {memory[name] / memory['ours']:.1f}" if name != "ours" else ""), flush=True)
+            line = (
+                f"V={V:7,}  {name:6}  {best[name] * 1e3:9.1f} ms  {memory[name] / 2**20:8.0f} MiB"
+            )
+            if name != "ours":
+                line += f"   naive/ours: time {best[name] / best['ours']:.2f}"
+                line += f", memory {memory[name] / memory['ours']:.1f}"
+            print(line, flush=True)
+
+
+def main():
+    if len(sys.argv) > 1:  # one pass, alone, for its memory
+        print_peak_here(sys.argv[1], int(sys.argv[2]))
+        return
+    compare("cpu", torch.float32, [ours, naive])
+    if not torch.cuda.is_available():
+        print("no CUDA device: the GPU half was not run")
+        return
+    functions = [ours, naive]
+    if importlib.util.find_spec("liger_kernel"):
+        functions.append(liger)
+    compare("cuda", torch.bfloat16, functions)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:                                               # one pass, alone, for its memory
-        arguments = inputs(int(sys.argv[2]), "cpu", torch.float32)
-        with open("/proc/self/clear_refs", "w") as f:
-            f.write("5")                                                # the high-water mark starts here
-        before = status("VmRSS")
-        once(globals()[sys.argv[1]], *arguments)
-        print(status("VmHWM") - before)
-        sys.exit()
-    main("cpu", torch.float32, (ours, naive))
-    if not torch.cuda.is_available():
-        print("no CUDA device: the GPU half was not run")
-        sys.exit(0)
-    main("cuda", torch.bfloat16, (ours, naive, liger) if importlib.util.find_spec("liger_kernel") else (ours, naive))
+    main()

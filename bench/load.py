@@ -1,9 +1,11 @@
-"""Host memory while two processes load a model of 1 GB (500M weights in bfloat16): how much above the float32 shards they keep.
+"""Host memory while two processes load a model of 1 GB (500M weights in bfloat16).
 
     python bench/load.py
 
-Linux only. Peak resident memory of each process, its read-ahead of the file included (those pages the system can take back).
+How much is it above the float32 shards that they keep? Linux only. Peak resident memory of each
+process, its read-ahead of the file included (those pages the system can take back).
 """
+
 import os
 import subprocess
 import sys
@@ -15,43 +17,77 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 def status(field):
     """Bytes of a field of Linux's account of this process."""
     with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(field))
+        for line in f:
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
 
 
 def make(folder):
+    """Save a random Llama of 500M weights."""
     import torch
     import transformers
+
     torch.set_default_dtype(torch.bfloat16)
-    config = transformers.LlamaConfig(vocab_size=32_000, hidden_size=1536, intermediate_size=4096, num_hidden_layers=16, num_attention_heads=12, num_key_value_heads=4)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=1536,
+        intermediate_size=4096,
+        num_hidden_layers=16,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+    )
+    lm = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    lm.save_pretrained(folder)
 
 
 def load(folder):
+    """Load it as train.py does, in each process; the first prints the sums over all."""
     import torch
     import torch.distributed as dist
 
     from nanoaipo.policy import build_policy, load_weights
+    from nanoaipo.processes import print0, stop_processes
+
     dist.init_process_group("gloo")
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("shard",))
     imported = status("VmHWM")
-    policy = build_policy(folder, mesh, torch.bfloat16, chunk=1024, recompute=True, compile=False, lora_rank=0, lora_alpha=1.0)
+    policy = build_policy(
+        folder,
+        mesh,
+        torch.bfloat16,
+        chunk=1024,
+        recompute=True,
+        compile=False,
+        lora_rank=0,
+        lora_alpha=1.0,
+    )
     load_weights(policy, folder)
     shards = sum(p.to_local().numel() * 4 for p in policy.parameters())
-    figures = torch.tensor([imported, shards, status("VmHWM"), status("RssFile")], dtype=torch.float64)
+
+    figures = [imported, shards, status("VmHWM"), status("RssFile")]
+    figures = torch.tensor(figures, dtype=torch.float64)
     dist.all_reduce(figures)
-    if dist.get_rank() == 0:
-        imported, shards, peak, mapped = (figures / 2**20).tolist()
-        size = os.path.getsize(os.path.join(folder, "model.safetensors")) / 2**20
-        print(f"model {size:,.0f} MiB, {dist.get_world_size()} processes: peak {peak:,.0f} MiB in all = shards {shards:,.0f} + {peak - shards:,.0f}; "
-              f"of these {imported:,.0f} were there before loading, {mapped:,.0f} are files mapped at the end")
-    dist.barrier()
-    dist.destroy_process_group()
+    imported, shards, peak, mapped = (figures / 2**20).tolist()
+    size = os.path.getsize(os.path.join(folder, "model.safetensors")) / 2**20
+    print0(
+        f"model {size:,.0f} MiB, {dist.get_world_size()} processes: peak {peak:,.0f} MiB in all = "
+        f"shards {shards:,.0f} + {peak - shards:,.0f}; of these {imported:,.0f} were there before "
+        f"loading, {mapped:,.0f} are files mapped at the end"
+    )
+    stop_processes()
+
+
+def main():
+    if sys.argv[1:2] == ["make"]:
+        make(sys.argv[2])
+    elif sys.argv[1:2] == ["load"]:
+        load(sys.argv[2])
+    else:
+        two_processes = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([sys.executable, __file__, "make", folder], check=True)
+            subprocess.run([sys.executable, *two_processes, __file__, "load", folder], check=True)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        {"make": make, "load": load}[sys.argv[1]](sys.argv[2])
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            subprocess.run([sys.executable, __file__, "make", folder], check=True)
-            subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, "load", folder], check=True)
+    main()
