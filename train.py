@@ -28,7 +28,6 @@ from configurator import configure, run_script
 from nanoaipo.chat import load_tokenizer
 from nanoaipo.errors import InputError
 from nanoaipo.files import write_json
-from nanoaipo.packing import plan
 from nanoaipo.pairs import read_pairs
 from nanoaipo.processes import (
     DTYPES,
@@ -142,6 +141,8 @@ def plan_steps(lengths):
     A list of steps. A step is a list of micro-batches, a micro-batch a list of indices of pairs
     for each process.
     """
+    from nanoaipo.packing import plan  # it imports torch
+
     steps = []
     rng = random.Random(seed)
     for _ in range(epochs):

@@ -286,6 +286,34 @@ def test_compiled_layers_give_the_weights_of_plain_ones(pairs, tmp_path):
     assert values(plain, "loss") == pytest.approx(values(compiled, "loss"), abs=1e-5)
 
 
+# starts and stops its processes as train.py does, and says what happens after
+STOPS = f"""import atexit, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from nanoaipo.processes import start_processes, stop_processes
+atexit.register(print, "Python finalizes")
+start_processes(torch.device("cpu"))
+print("all is done")
+stop_processes()
+print("goes on")
+"""
+
+
+def test_several_processes_on_a_cpu_end_without_finalizing_python_and_one_goes_on(tmp_path):
+    script = tmp_path / "stops.py"
+    script.write_text(STOPS)
+
+    two = torchrun(2, script.as_posix())
+    one = run(script.as_posix(), python=["-u"])
+
+    assert two.returncode == 0, two.stdout + two.stderr
+    assert two.stdout.count("all is done") == 2
+    assert "goes on" not in two.stdout
+    assert "Python finalizes" not in two.stdout
+    assert one.returncode == 0, one.stdout + one.stderr
+    assert one.stdout == "all is done\ngoes on\nPython finalizes\n"
+
+
 # ---------------------------------------------------------------------------- records and logs
 
 
