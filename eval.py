@@ -1,40 +1,49 @@
-"""Evaluate answers: win rate against another model's by a judge here, or AlpacaEval 2.0, MT-Bench, Arena-Hard from judgment files.
+"""Evaluate answers: win rate by a judge here, or AlpacaEval 2.0, MT-Bench, Arena-Hard.
 
-    python eval.py config/tiny.py --answers=out/tiny/iter_3/answers.jsonl --baseline=out/tiny/iter_0/answers.jsonl --out=eval.json
-    python eval.py --bench=alpaca_eval --judgments=annotations.json.gz --lc_data=DIR --out=score.json
-    python eval.py --bench=mt_bench --answers=ANSWERS --judge_model=gpt-4.1 --judge_url=https://api.openai.com/v1 \\
-                   --bench_data=FastChat/fastchat/llm_judge/data --judgments=judgments.jsonl --out=score.json
+    python eval.py config/tiny.py --out=eval.json \\
+        --answers=out/tiny/iter_3/answers.jsonl --baseline=out/tiny/iter_0/answers.jsonl
+    python eval.py --bench=alpaca_eval --out=alpaca.json \\
+        --judgments=annotations.json.gz --lc_data=DIR
+    python eval.py --bench=mt_bench --out=mt.json --answers=ANSWERS --judgments=judgments.jsonl \\
+        --bench_data=FastChat/fastchat/llm_judge/data \\
+        --judge_model=gpt-4.1 --judge_url=https://api.openai.com/v1
 
-Answers -> judgments -> scores, with files between: with a judge_model the judgments are asked for first, a published file is scored
-as it is. Rates are in percent, intervals of 95 %. win_rate needs no network: candidates files (generate.py --n_responses=1), the first
-response of each prompt counts, joined by id. Where prompts carry `answer`, accuracy is the truth that the judge does not see.
+win_rate needs no network. It reads candidates files (generate.py --n_responses=1), joins them by id
+and takes the first response to each prompt. Where prompts carry `answer`, accuracy is the truth
+that the judge does not see. For a benchmark it is answers -> judgments -> scores, with files
+between: with a judge_model the judgments are asked for first, a published file is scored as it is.
+Rates are in percent, intervals of 95 %.
 """
+
 import collections
-import re
-import sys
+import math
 import time
 
+import numpy as np
+
 from configurator import configure, run_script
+from nanoaipo.errors import InputError
 from nanoaipo.files import write_json
 from nanoaipo.grading import is_right
 from nanoaipo.prompts import read_candidates
-from nanoaipo.stages import open_stage, fingerprint, manifest_path
-from nanoaipo.stats import LENGTH_ALARM
+from nanoaipo.stages import fingerprint, manifest_path, open_stage
+from nanoaipo.stats import LENGTH_ALARM, interval, length_controlled_interval, variety
 
+# fmt: off
 # ---- settings ----
-bench = "win_rate"                      # win_rate (any prompts), alpaca_eval, mt_bench or arena_hard
-answers = ""                            # answers to evaluate: candidates, or a benchmark's answers file
-baseline = ""                           # answers to compare with; in the loop those of the first policy
+bench = "win_rate"                      # win_rate (any prompts), alpaca_eval, mt_bench, arena_hard
+answers = ""                            # answers to evaluate: candidates, or a benchmark's answers
+baseline = ""                           # answers to compare with; in the loop the first policy's
 out = ""                                # scores to write (JSON)
-eval_ranker = "pairrm"                  # win_rate: who judges (rankers.py); not the ranker that labels, unless the recipe says so
-eval_ranker_model = "llm-blender/PairRM"     # folder or hub name, or the name of a model at judge_url (judge)
+eval_ranker = "pairrm"                  # win_rate: who judges (rankers.py); best not who labels
+eval_ranker_model = "llm-blender/PairRM"     # folder or hub name, or a model at judge_url (judge)
 rank_batch_tokens = 4096                # tokens computed at once (pairrm, reward); a GPU takes more
-judgments = ""                          # a benchmark's judgments, official format (also .gz); written first if there is a judge_model
-judge_model = ""                        # who is asked: the name of a model at judge_url, else a folder or hub name for an engine here
-judge_url = ""                          # OpenAI-compatible endpoint of the judge, key in OPENAI_API_KEY
+judgments = ""                          # a benchmark's, official format (also .gz); first written
+judge_model = ""                        # who is asked: model at judge_url, else folder or hub name
+judge_url = ""                          # OpenAI-compatible endpoint of the judge; OPENAI_API_KEY
 judge_concurrency = 16                  # requests under way at once
-verdict_tokens = 0                      # longest reply; 0: the benchmark's own (AlpacaEval 1, MT-Bench 2048, Arena-Hard 4096; win_rate 512)
-bench_data = ""                         # folder with the benchmark's own files: prompts of the judge, questions, reference answers
+verdict_tokens = 0                      # longest reply; 0: the benchmark's own (win_rate: 512)
+bench_data = ""                         # folder with the benchmark's own prompts and questions
 lc_data = ""                            # folder with AlpacaEval's df_gamed.csv; empty: from the hub
 answer_name = ""                        # the model to score, where a file holds several
 engine = "auto"                         # of a judge here: vllm, transformers, or auto
@@ -44,167 +53,246 @@ tensor_parallel = 1                     # GPUs per engine (vllm)
 gpu_memory = 0.9                        # share of a GPU's memory the engine may take (vllm)
 seed = 0                                # of the run
 config = configure(globals())
+# fmt: on
 
 
-def first_answers(path):
-    """The record of every prompt and the first of its responses, by id."""
-    found = {}
-    for place, row in read_candidates(path):
-        row["responses"] or sys.exit(f"{place}: no answer in it")
-        row["id"] not in found or sys.exit(f"{place}: id '{row['id']}' is there twice; ids join records and must differ")
-        found[row["id"]] = row, row["responses"][0]
-    return found
+# ---- win rate against other answers to the same prompts ----
 
 
-def interval(values):
-    """Mean of (N,) values and its 95 % interval [low, high]."""
-    import numpy as np
-    from nanoaipo.stats import error_of
-    values = np.asarray(values, dtype=float)
-    mean, half = float(values.mean()), 1.96 * float(error_of(values))
-    return mean, [mean - half, mean + half]
-
-
-def variety(texts):
-    """Distinct-2 (share of distinct pairs of words among all answers') and self-similarity (mean cosine of TF-IDF between two answers).
-
-    Intervals by the jackknife and from each answer's own mean. {} for fewer than two answers with two words.
-    """
-    import numpy as np
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    words = [re.findall(r"\w+", text.lower()) for text in texts]
-    pairs = [collections.Counter(zip(w, w[1:])) for w in words if len(w) > 1]
-    total, n = sum(pairs, collections.Counter()), len(pairs)
-    if n < 2:
-        return {}
-    own = np.array([sum(total[g] == k for g, k in p.items()) for p in pairs])            # pairs of words that no other answer has
-    size = np.array([p.total() for p in pairs])
-    without = (len(total) - own) / (size.sum() - size)
-    distinct, half = len(total) / size.sum(), 1.96 * np.sqrt((n - 1) * without.var())
-    vectors = TfidfVectorizer(token_pattern=r"(?u)\w+").fit_transform([" ".join(w) for w in words if len(w) > 1])
-    to_others = (vectors @ np.asarray(vectors.sum(0)).ravel() - 1) / (n - 1)             # (N,), mean cosine to the others
-    same, half_same = to_others.mean(), 2 * 1.96 * to_others.std(ddof=1) / np.sqrt(n)
-    return {"distinct_2": float(distinct), "distinct_2_ci": [float(distinct - half), float(distinct + half)],
-            "self_similarity": float(same), "self_similarity_ci": [float(same - half_same), float(same + half_same)]}
-
-
-def win_rate():
-    """Scores of `answers` against `baseline` by the eval_ranker."""
-    ours, theirs = first_answers(answers) or sys.exit(f"{answers}: no answers in it"), first_answers(baseline)
-    missing = [k for k in ours if k not in theirs]
-    missing and sys.exit(f"{baseline}: no answer to {len(missing)} of the prompts in {answers}, such as '{missing[0]}'")
-    pairs = [(row, ours[name][1], theirs[name][1]) for name, (row, _) in ours.items()]
-
-    # ---- who wins (torch is imported only now: a finished stage ends before)
-    import numpy as np
-    from nanoaipo.stats import length_controlled
-    from nanoaipo.rankers import load_ranker
-    differ = [k for k, (_, a, b) in enumerate(pairs) if a["text"] != b["text"]]          # equal answers tie without being judged
-    counts, won = collections.Counter(), np.full(len(pairs), 0.5)
-    if differ:
-        settings = config | {"judge_mode": "pairwise", "judge_votes": 1, "judge_temperature": 0.0, "judge_tokens": verdict_tokens or 512}
-        rank = load_ranker(eval_ranker, eval_ranker_model, settings, counts)
-        for k, (_, m) in zip(differ, rank([row | {"texts": [a["text"], b["text"]]} for row, a, b in (pairs[k] for k in differ)])):
-            won[k] = 0.5 if abs(m[0, 1]) < 1e-6 else float(m[0, 1] > 0) if m[0, 1] == m[0, 1] else np.nan
-    judged = won[~np.isnan(won)]
-    len(judged) or sys.exit(f"--eval_ranker={eval_ranker}: not one readable verdict")
-
-    # ---- what the table says
-    tokens = all("ids" in r for _, a, b in pairs for r in (a, b))
-    lengths, others = ([len(pair[k]["ids" if tokens else "text"]) for pair in pairs] for k in (1, 2))
-    difference, draw = np.subtract(others, lengths).astype(float), np.random.default_rng(0)
-
-    def controlled(which):
-        return length_controlled(difference[which], won[which], np.ones((len(which), 1)))[0]
-
-    resampled = [controlled(draw.integers(len(won), size=len(won))) for _ in range(400)]
-    checked = [100 * is_right(a["text"], row["answer"]) for row, a, _ in pairs if row.get("answer") is not None]
-    scores = {"n": len(judged), "invalid": len(won) - len(judged)}
-    finished = [100 * a.get("finished", True) for _, a, _ in pairs]
-    for name, values in (("win_rate", 100 * judged), ("accuracy", checked), ("length", lengths), ("finished", finished)):
-        scores[name], scores[name + "_ci"] = interval(values) if len(values) else (None, None)
-    return scores | {
-        "lc_win_rate": 100 * float(controlled(np.arange(len(won)))), "lc_win_rate_ci": (100 * np.percentile(resampled, [2.5, 97.5])).tolist(),
-        "ties": int((judged == 0.5).sum()), "length_unit": "tokens" if tokens else "characters",                # the end token included
-        "baseline_length": float(np.mean(others)), **variety([a["text"] for _, a, _ in pairs])}
-
-
-def ask_judge():
-    """Write `judgments` by asking judge_model; replies are kept as they came, beside it, and none is asked for twice."""
-    own = {k: config[k] for k in ("bench", "judge_model", "verdict_tokens", "bench_data", "answers", "baseline")}
-    suffix = ".json" if bench == "alpaca_eval" else ".jsonl"
-    judgments.endswith(suffix) or sys.exit(f"--judgments={judgments}: the judge_model's go to a {suffix} file")
-    who = {"model": judge_model} if judge_url else {"model": judge_model, "weights": fingerprint(judge_model), "seed": seed}
-    manifest = open_stage(judgments, suffix, own | {"judge": who}, *(k for k in ("answers", "baseline") if config[k]))
+def evaluate_win_rate():
+    """Write the scores of `answers` against `baseline` by the eval_ranker, and print them."""
+    inputs = ["answers", "baseline"]
+    if eval_ranker != "judge":  # a judge may be no more than a name at an endpoint
+        inputs.append("eval_ranker_model")
+    manifest = open_stage(out, ".json", config, *inputs)
     if manifest is None:
         return
+
+    prompts, ours, theirs = join_answers(answers, baseline)
+    won = judge_answers(prompts, ours, theirs)
+    scores = {
+        "bench": bench,
+        "judge": f"{eval_ranker} {eval_ranker_model}",
+        "date": time.strftime("%Y-%m-%d"),
+        **score_answers(prompts, ours, theirs, won),
+    }
+    write_json(manifest_path(out), manifest)
+    write_json(out, scores)
+
+    text = {key: format_score(value) for key, value in scores.items()}
+    print(
+        f"win rate {text['win_rate']} % ({text['win_rate_ci']}), "
+        f"length-controlled {text['lc_win_rate']} %, accuracy {text['accuracy']} %, "
+        f"{text['length']} {text['length_unit']}, n {text['n']}, by {text['judge']} -> {out}"
+    )
+    if scores["length"] > LENGTH_ALARM * scores["baseline_length"] > 0:
+        ratio = scores["length"] / scores["baseline_length"]
+        print(
+            f"LENGTH ALARM: answers are {ratio:.1f} times as long as the baseline's; "
+            "judges like length, so do not read this win rate as quality"
+        )
+
+
+def join_answers(answers, baseline):
+    """The prompts of `answers` and both first responses to each, as three lists of N records."""
+    ours = first_responses(answers)
+    if not ours:
+        raise InputError(f"{answers}: no answers in it")
+    theirs = first_responses(baseline)
+    missing = [name for name in ours if name not in theirs]
+    if missing:
+        raise InputError(
+            f"{baseline}: no answer to {len(missing)} of the prompts in {answers}, "
+            f"such as '{missing[0]}'"
+        )
+    prompts = [prompt for prompt, _ in ours.values()]
+    responses = [response for _, response in ours.values()]
+    return prompts, responses, [theirs[name][1] for name in ours]
+
+
+def first_responses(path):
+    """{id: (record, the first of its responses)} of a candidates file."""
+    first = {}
+    for place, row in read_candidates(path):
+        if not row["responses"]:
+            raise InputError(f"{place}: no answer in it")
+        if row["id"] in first:
+            raise InputError(
+                f"{place}: id '{row['id']}' is there twice; ids join records and must differ"
+            )
+        first[row["id"]] = row, row["responses"][0]
+    return first
+
+
+def judge_answers(prompts, ours, theirs):
+    """Wins (N,) of our answers: 1, 0, or 0.5 for a tie; nan where no verdict could be read."""
+    won = np.full(len(prompts), 0.5)  # equal answers tie without being judged
+    differ = [k for k in range(len(prompts)) if ours[k]["text"] != theirs[k]["text"]]
+    if not differ:
+        return won
+
+    # torch is imported only here: a finished stage and bad input end the program before
+    from nanoaipo.rankers import load_ranker
+
+    settings = config | {
+        "judge_mode": "pairwise",
+        "judge_votes": 1,
+        "judge_temperature": 0.0,
+        "judge_tokens": verdict_tokens or 512,
+    }
+    rank = load_ranker(eval_ranker, eval_ranker_model, settings, collections.Counter())
+    rows = [prompts[k] | {"texts": [ours[k]["text"], theirs[k]["text"]]} for k in differ]
+    for k, (_, odds) in zip(differ, rank(rows)):
+        won[k] = outcome(float(odds[0, 1]))
+    return won
+
+
+def outcome(log_odds):
+    """1 for a win, 0 for a loss, 0.5 for a tie, nan for nan."""
+    if math.isnan(log_odds):
+        return math.nan
+    if abs(log_odds) < 1e-6:
+        return 0.5
+    return float(log_odds > 0)
+
+
+def score_answers(prompts, ours, theirs, won):
+    """All scores of our answers, with intervals; won (N,) as above."""
+    judged = won[~np.isnan(won)]
+    if len(judged) == 0:
+        raise InputError(f"--eval_ranker={eval_ranker}: not one readable verdict")
+
+    # lengths in tokens, the end token included, where every answer has its ids
+    unit = "characters"
+    field = "text"
+    if all("ids" in response for response in ours + theirs):
+        unit = "tokens"
+        field = "ids"
+    lengths = np.array([len(response[field]) for response in ours])  # (N,)
+    baseline_lengths = np.array([len(response[field]) for response in theirs])  # (N,)
+
+    right = []
+    for prompt, response in zip(prompts, ours):
+        if prompt.get("answer") is not None:
+            right.append(is_right(response["text"], prompt["answer"]))
+
+    scores = {"n": len(judged), "invalid": len(won) - len(judged)}
+    measured = {
+        "win_rate": 100 * judged,
+        "accuracy": [100 * value for value in right],
+        "length": lengths,
+        "finished": [100 * response.get("finished", True) for response in ours],
+    }
+    for name, values in measured.items():
+        scores[name], scores[name + "_ci"] = interval(values)
+    difference = (baseline_lengths - lengths).astype(float)
+    scores["lc_win_rate"], scores["lc_win_rate_ci"] = length_controlled_interval(difference, won)
+    scores["ties"] = int((judged == 0.5).sum())
+    scores["length_unit"] = unit
+    scores["baseline_length"] = float(baseline_lengths.mean())
+    return scores | variety([response["text"] for response in ours])
+
+
+# ---- benchmarks ----
+
+
+def evaluate_benchmark():
+    """Write the scores of a file of judgments, asking a judge for them first if there is one."""
     from nanoaipo.benchmarks import BENCHMARKS
-    from nanoaipo.stages import open_output
-    from nanoaipo.questions import ask, endpoint, local_model
-    longest = {"max_tokens": verdict_tokens} if verdict_tokens else {}
-    answer = endpoint(judge_url, judge_concurrency) if judge_url else local_model(judge_model, **{k: config[k] for k in ("engine", "dtype", "seed", "tensor_parallel", "gpu_memory", "generate_rows")})
-    replies = []
 
-    def asked(questions):
-        came = ask([who | question | longest for question in questions], judgments, answer)
-        replies.extend(came)
-        if replies and all("error" in reply for reply in replies):
-            sys.exit(f"--judge_model={judge_model}: not one reply to {len(came)} questions; the first: {came[0]['error']}")
-        return came
+    if bench not in BENCHMARKS:
+        raise InputError(f"--bench={bench}: there are win_rate, {', '.join(BENCHMARKS)}")
+    if manifest_path(out) == manifest_path(judgments):
+        raise InputError(f"--out={out}: has to differ from --judgments in more than the ending")
+    if judge_model:
+        if not answers:
+            raise InputError("--answers is not set: what the judge_model shall judge")
+        ask_for_judgments(BENCHMARKS[bench])
 
-    rows = BENCHMARKS[bench].judge(bench_data, answers, baseline, judge_model, asked)
-    usage = [reply.get("usage") or {} for reply in replies]
-    manifest["counts"] = {"replies": len(replies), "refused": sum("error" in reply for reply in replies),
-                          **{kind: sum(u.get(kind) or 0 for u in usage) for kind in ("prompt_tokens", "completion_tokens")}}
-    if judgments.endswith(".json"):
-        write_json(manifest_path(judgments), manifest)
-        write_json(judgments, rows)
+    own = ("bench", "answer_name", "judgments", "answers", "baseline", "lc_data")
+    inputs = [key for key in ("answers", "baseline", "lc_data") if config[key]]
+    settings = {key: config[key] for key in own}
+    manifest = open_stage(out, ".json", settings, "judgments", *inputs)
+    if manifest is None:
+        return
+
+    try:
+        scores = BENCHMARKS[bench].score(
+            judgments, answer_name, answers=answers, lc_data=lc_data, baseline=baseline
+        )
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as e:
+        reason = f"{type(e).__name__}: {e}"
+        raise InputError(f"{judgments}: not judgments as {bench} has them ({reason})") from e
+    scores = {"bench": bench, **scores}
+    write_json(manifest_path(out), manifest)
+    write_json(out, scores)
+
+    for key, value in scores.items():
+        print(f"{key:>18}  {format_score(value)}")
+    print(f"{'':>18}  -> {out}")
+
+
+def ask_for_judgments(benchmark):
+    """Write `judgments` by asking the judge_model, unless they are there and complete."""
+    suffix = benchmark.SUFFIX
+    if not judgments.endswith(suffix):
+        raise InputError(f"--judgments={judgments}: the judge_model's go to a {suffix} file")
+
+    # who is asked enters each question: what another judge has replied is no reply to it
+    who = {"model": judge_model}
+    if not judge_url:
+        who |= {"weights": fingerprint(judge_model), "seed": seed}
+    own = ("bench", "judge_model", "verdict_tokens", "bench_data", "answers", "baseline")
+    settings = {key: config[key] for key in own} | {"judge": who}
+    inputs = [key for key in ("answers", "baseline") if config[key]]
+    manifest = open_stage(judgments, suffix, settings, *inputs)
+    if manifest is None:
+        return
+
+    from nanoaipo.benchmarks.judging import write_judgments
+    from nanoaipo.questions import endpoint, local_model
+
+    if judge_url:
+        answer = endpoint(judge_url, judge_concurrency)
     else:
-        with open_output(judgments, manifest) as write:
-            for row in rows:
-                write(row)
-    print(f"{len(rows)} judgments, {manifest['counts']} -> {judgments}")
+        answer = local_model(
+            judge_model,
+            engine=engine,
+            dtype=dtype,
+            seed=seed,
+            tensor_parallel=tensor_parallel,
+            gpu_memory=gpu_memory,
+            generate_rows=generate_rows,
+        )
+    parameters = dict(who)
+    if verdict_tokens:
+        parameters["max_tokens"] = verdict_tokens
+    n = write_judgments(
+        benchmark, judgments, manifest, answer, parameters, bench_data, answers, baseline
+    )
+    print(f"{n} judgments, {manifest['counts']} -> {judgments}")
 
 
-def shown(value):
-    """A score as text: two decimals, lists and dicts likewise."""
+def format_score(value):
+    """A score as text: numbers with two decimals, intervals and categories likewise."""
+    if value is None:
+        return "-"
     if isinstance(value, dict):
-        return ", ".join(f"{k} {shown(v)}" for k, v in value.items())
+        return ", ".join(f"{key} {format_score(part)}" for key, part in value.items())
     if isinstance(value, list):
-        return " to ".join(map(shown, value))
-    return f"{value:.2f}" if isinstance(value, float) else "-" if value is None else str(value)
+        return " to ".join(format_score(bound) for bound in value)
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return str(value)
 
 
 def main():
     if bench == "win_rate":
-        needed = ["answers", "baseline"] + ["eval_ranker_model"] * (eval_ranker != "judge")
-        manifest = open_stage(out, ".json", config, *needed)
+        evaluate_win_rate()
     else:
-        from nanoaipo.benchmarks import BENCHMARKS
-        bench in BENCHMARKS or sys.exit(f"--bench={bench}: there are win_rate, {', '.join(BENCHMARKS)}")
-        manifest_path(out) != manifest_path(judgments) or sys.exit(f"--out={out}: has to differ from --judgments in more than the ending")
-        judge_model and (answers or sys.exit("--answers is not set: what the judge_model shall judge")) and ask_judge()
-        own = {k: config[k] for k in ("bench", "answer_name", "judgments", "answers", "baseline", "lc_data")}
-        manifest = open_stage(out, ".json", own, "judgments", *(k for k in ("answers", "baseline", "lc_data") if config[k]))
-    if manifest is None:
-        sys.exit(0)
-    if bench == "win_rate":
-        scores = {"bench": bench, "judge": f"{eval_ranker} {eval_ranker_model}", "date": time.strftime("%Y-%m-%d")} | win_rate()
-    else:
-        try:
-            scores = {"bench": bench} | BENCHMARKS[bench].score(judgments, answer_name, answers, (lc_data, baseline))
-        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as e:
-            sys.exit(f"{judgments}: not judgments as {bench} has them ({type(e).__name__}: {e})")
-    write_json(manifest_path(out), manifest)
-    write_json(out, scores)
-    if bench == "win_rate":
-        print("win rate {} % ({}), length-controlled {} %, accuracy {} %, {} {length_unit}, n {n}, by {judge} -> {out}".format(
-            *(shown(scores[k]) for k in ("win_rate", "win_rate_ci", "lc_win_rate", "accuracy", "length")), **scores, out=out))
-    else:
-        print("\n".join(f"{key:>18}  {shown(value)}" for key, value in scores.items()), f"\n{'':>18}  -> {out}")
-    if scores.get("baseline_length") and scores["length"] > LENGTH_ALARM * scores["baseline_length"]:
-        print(f"LENGTH ALARM: answers are {scores['length'] / scores['baseline_length']:.1f} times as long as the baseline's; judges like length, "
-              "so do not read this win rate as quality")
+        evaluate_benchmark()
 
 
 if __name__ == "__main__":

@@ -1,77 +1,159 @@
-"""What the benchmarks' files have in common: answers, judgments of one model by one judge, the benchmark's own folder.
-"""
+"""What the benchmarks' files have in common: answers, judgments of one model, their own folder."""
+
+import collections
 import glob
 import os
-import sys
 import time
 
+from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
 
+Answer = collections.namedtuple("Answer", "texts tokens")  # of all turns; length as the file has it
 
-def answers_of(path):
-    """{key: (texts of all turns, tokens or None)} and the model's name, from an official answers file of any benchmark or one of ours.
 
-    key: the instruction (AlpacaEval), else question_id or uid. tokens: the length as the file has it (Arena-Hard).
+def text_of(turn, field):
+    """A turn's text: the turn itself, or the field of an object."""
+    if isinstance(turn, dict):
+        return turn[field]
+    return turn
+
+
+def parse_answer(row):
+    """(key, model name or None, Answer) of a record in the format of any benchmark or of ours.
+
+    The key is the instruction (AlpacaEval), else question_id or uid. Raises one of LookupError,
+    TypeError, ValueError, AttributeError when the record is in none of these formats.
     """
-    found, names = {}, set()
+    key = row.get("question_id", row.get("uid", row.get("instruction")))
+    tokens = row.get("metadata", {}).get("token_len")  # Arena-Hard v2.0
+
+    if "output" in row:  # AlpacaEval
+        name = row.get("generator")
+        texts = [row["output"]]
+    elif "choices" in row:  # MT-Bench, Arena-Hard v0.1
+        name = row["model_id"]
+        turns = row["choices"][0]["turns"]
+        texts = [text_of(turn, "content") for turn in turns]
+        tokens = None
+        if isinstance(turns[0], dict):  # Arena-Hard's have a length, MT-Bench's are texts
+            tokens = turns[0].get("token_len")
+    elif "messages" in row:  # Arena-Hard v2.0
+        name = row["model"]
+        contents = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
+        texts = [text_of(content, "answer") for content in contents]
+    else:  # generate.py --task=answers
+        name = None  # its file does not say
+        responses = row["responses"][:1] + row.get("later_responses", [])
+        texts = [response["text"] for response in responses]
+
+    if not isinstance(key, (str, int)):
+        raise TypeError("a key is a text or a number")
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise TypeError("an answer is one text per turn")
+    return key, name, Answer(texts, tokens)
+
+
+def read_answers(path):
+    """({key: Answer}, the model's name) of an answers file: an official one, or generate.py's.
+
+    A file without a name in it gives its own. Raises InputError for an unknown format, a question
+    answered twice, answers of several models.
+    """
+    answers = {}
+    names = set()
     for place, row in read_records(path):
         try:
-            key, tokens = row.get("question_id", row.get("uid", row.get("instruction"))), row.get("metadata", {}).get("token_len")
-            if "output" in row:
-                texts, name = [row["output"]], row.get("generator")
-            elif "choices" in row:
-                turns, name = row["choices"][0]["turns"], row["model_id"]
-                texts = [t["content"] if isinstance(t, dict) else t for t in turns]
-                tokens = turns[0].get("token_len") if isinstance(turns[0], dict) else None
-            elif "messages" in row:
-                said, name = [m["content"] for m in row["messages"] if m["role"] == "assistant"], row["model"]
-                texts = [s["answer"] if isinstance(s, dict) else s for s in said]
-            else:
-                texts, name = [r["text"] for r in row["responses"][:1] + row.get("later_responses", [])], None
-            if not isinstance(key, (str, int)) or not texts or not all(isinstance(t, str) for t in texts):
-                raise ValueError
+            key, name, answer = parse_answer(row)
         except (LookupError, TypeError, ValueError, AttributeError):
-            sys.exit(f"{place}: no answer as AlpacaEval, MT-Bench, Arena-Hard or generate.py --task=answers write it")
-        key not in found or sys.exit(f"{place}: answers '{str(key)[:60]}' a second time")
-        found[key], names = (texts, tokens), names | {name}
-    len(names) == 1 or sys.exit(f"{path}: answers of {len(names)} models; one file each")
-    return found, names.pop() or os.path.basename(path)
+            raise InputError(
+                f"{place}: no answer as AlpacaEval, MT-Bench, Arena-Hard or "
+                "generate.py --task=answers write it"
+            ) from None
+        if key in answers:
+            raise InputError(f"{place}: answers '{str(key)[:60]}' a second time")
+        answers[key] = answer
+        names.add(name)
+
+    # a score is one model's
+    if len(names) != 1:
+        raise InputError(f"{path}: answers of {len(names)} models; one file each")
+    return answers, names.pop() or os.path.basename(path)
 
 
-def one_model(rows, model, path, wanted):
-    """The (place, row) of the model that is wanted, or of the only one there; and its name."""
-    names = sorted({model(row) for _, row in rows})
+# ---- judgments: (place, row) pairs, as read_records yields them ----
+
+
+def select_model(rows, model_of, path, wanted):
+    """The rows about the model that is wanted, or about the only one there; and its name."""
+    names = sorted({model_of(row) for _, row in rows})
     if not wanted and len(names) != 1:
-        sys.exit(f"{path}: judgments of {len(names)} models ({', '.join(names[:9])}); --answer_name says which one to score")
-    wanted = wanted or names[0]
-    wanted in names or sys.exit(f"{path}: no judgments of --answer_name={wanted}, but of {', '.join(names[:9])}")
-    return [(place, row) for place, row in rows if model(row) == wanted], wanted
+        raise InputError(
+            f"{path}: judgments of {len(names)} models ({', '.join(names[:9])}); "
+            "--answer_name says which one to score"
+        )
+    name = wanted or names[0]
+    if name not in names:
+        raise InputError(
+            f"{path}: no judgments of --answer_name={name}, but of {', '.join(names[:9])}"
+        )
+    return [(place, row) for place, row in rows if model_of(row) == name], name
 
 
-def one_judge(rows, judge, path):
-    names = sorted({judge(row) for _, row in rows})
-    len(names) == 1 or sys.exit(f"{path}: judged by {' and by '.join(names)}; two judges are never put into one score, split the file")
+def only_judge(rows, judge_of, path):
+    """The name of the judge of all rows; raises InputError if there are several."""
+    names = sorted({judge_of(row) for _, row in rows})
+    if len(names) != 1:
+        raise InputError(
+            f"{path}: judged by {' and by '.join(names)}; two judges are never put into one score, "
+            "split the file"
+        )
     return names[0]
 
 
-def once(rows, key):
+def check_no_duplicates(rows, key_of):
+    """Raise InputError if two rows judge the same thing."""
     seen = {}
     for place, row in rows:
-        key(row) not in seen or sys.exit(f"{place}: judges {str(key(row))[:70]} again, as {seen[key(row)]} did; remove the one that shall not count")
-        seen[key(row)] = place
+        key = key_of(row)
+        if key in seen:
+            raise InputError(
+                f"{place}: judges {str(key)[:70]} again, as {seen[key]} did; "
+                "remove the one that shall not count"
+            )
+        seen[key] = place
 
 
-def judged_at(rows):
+def last_day(rows):
     """The day of the last judgment, or "unknown" where the file does not say."""
-    stamps = [row["tstamp"] for _, row in rows if isinstance(row.get("tstamp"), (int, float))]
-    return time.strftime("%Y-%m-%d", time.gmtime(max(stamps))) if stamps else "unknown"
+    stamps = [row.get("tstamp") for _, row in rows]
+    stamps = [stamp for stamp in stamps if isinstance(stamp, (int, float))]
+    if not stamps:
+        return "unknown"
+    return time.strftime("%Y-%m-%d", time.gmtime(max(stamps)))
 
 
-def find(folder, pattern, origin):
-    """The file of a benchmark's own that the pattern names, anywhere below the folder; of several the one with the shortest path.
+# ---- the benchmark's own files ----
 
-    So of alpaca_eval_clf_gpt4_turbo/ and alpaca_eval_clf_cot_gpt4_turbo/ the first, and mt_bench/ rather than vicuna_bench/.
+
+def files_below(folder, pattern):
+    """Files anywhere below a folder that the pattern names."""
+    return glob.glob(os.path.join(glob.escape(folder), "**", pattern), recursive=True)
+
+
+def find_bench_file(folder, pattern, origin):
+    """The benchmark's own file that the pattern names; of several the one with the shortest path.
+
+    So of alpaca_eval_clf_gpt4_turbo/ and alpaca_eval_clf_cot_gpt4_turbo/ the first, and mt_bench/
+    rather than vicuna_bench/. origin: the repository on GitHub that a message sends people to.
     """
-    folder or sys.exit(f"--bench_data is not set: the benchmark's own files, such as git clone https://github.com/{origin}")
-    found = sorted(glob.glob(os.path.join(glob.escape(folder), "**", pattern), recursive=True), key=lambda name: (len(name), name))
-    return found[0] if found else sys.exit(f"--bench_data={folder}: holds no {pattern}; it is in https://github.com/{origin}")
+    if not folder:
+        raise InputError(
+            "--bench_data is not set: the benchmark's own files, such as "
+            f"git clone https://github.com/{origin}"
+        )
+    found = sorted(files_below(folder, pattern), key=lambda path: (len(path), path))
+    if not found:
+        raise InputError(
+            f"--bench_data={folder}: holds no {pattern}; it is in https://github.com/{origin}"
+        )
+    return found[0]

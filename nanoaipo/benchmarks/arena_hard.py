@@ -1,102 +1,299 @@
-"""Arena-Hard: two games a question against a baseline.
-"""
+"""Arena-Hard, v0.1 and v2.0: two games a question against a baseline (2406.11939)."""
+
 import collections
 import re
-import sys
 import time
 
 import numpy as np
 
-from nanoaipo.benchmarks.answers import answers_of, find, judged_at, once, one_judge, one_model
+from nanoaipo.benchmarks.answers import (
+    check_no_duplicates,
+    find_bench_file,
+    last_day,
+    only_judge,
+    read_answers,
+    select_model,
+)
+from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
 
-VERDICTS = {"A>>B": (1, 3), "A>B": (1, 1), "A=B": (0.5, 1), "B>A": (0, 1), "B>>A": (0, 3)}               # share that A wins, weight
-ALSO = {"B<<A": (1, 3), "B<A": (1, 1), "B=A": (0.5, 1), "A<B": (0, 1), "A<<B": (0, 3)}                   # read by Arena-Hard v2.0 only
+REPOSITORY = "lm-sys/arena-hard-auto"
+SUFFIX = ".jsonl"  # of a judgments file
+
+# verdict: what A wins of a game, and the weight of the game; v2.0 reads those of the second table
+# too. A strong verdict weighs 3.
+# fmt: off
+VERDICTS = {"A>>B": (1, 3), "A>B": (1, 1), "A=B": (0.5, 1), "B>A": (0, 1), "B>>A": (0, 3)}
+MIRRORED = {"B<<A": (1, 3), "B<A": (1, 1), "B=A": (0.5, 1), "A<B": (0, 1), "A<<B": (0, 3)}
+# fmt: on
+WINNERS = {"model_a": (0, 1), "model_b": (1, 1), "tie": (0.5, 1)}  # of battles: the model is B
+GO_ON = "continue your judgment and finish by outputting a final verdict label"
 
 
-def score_arena_hard(judgments, name, answers, tables, resamples=1000):
-    """Win rate against the baseline over two games a question; its 95 % interval by bootstrap over questions; average tokens.
+def key_of(row):
+    """What a question is known by: question_id in v0.1, uid in v2.0."""
+    return row.get("question_id", row.get("uid"))
 
-    A strong verdict weighs 3. As every battle is against the baseline, the Bradley-Terry win probability is the weighted share won.
-    v0.1 leaves out a game without a verdict, v2.0 (records with uid) the question. Battles files have the games one by one.
+
+# ---- score ----
+
+
+def score(judgments, model, *, answers="", resamples=1000, **_):
+    """Win rate against the baseline, its 95 % interval by a bootstrap over questions; mean tokens.
+
+    As every game is against the baseline, the Bradley-Terry win probability is the weighted share
+    of games won. v0.1 leaves out a game without a verdict, v2.0 the whole question. A battles file
+    has the games one by one. model: whose judgments, where the file has several; answers: its
+    answers file, for the tokens. Raises InputError.
     """
     rows = list(read_records(judgments))
-    battles = bool(rows) and "winner" in rows[0][1]
-    rows, name = one_model(rows, lambda r: r["model_b"] if battles else r["model"], judgments, name)
-    judge = "unknown (a battles file does not say)" if battles else one_judge(rows, lambda r: r["judge"], judgments)
-    battles or once(rows, lambda r: r.get("question_id", r.get("uid")))
-    won, invalid, groups = collections.defaultdict(lambda: np.zeros(2)), 0, {}
-    for place, row in rows:
-        key = row.get("question_id", row.get("uid"))
-        if battles:
-            games = [{"model_a": (0, 1), "model_b": (1, 1), "tie": (0.5, 1)}.get(row["winner"].partition(" ")[0])]
-        else:
-            known = VERDICTS | ALSO if "uid" in row else VERDICTS
-            first, second = (known.get((game or {}).get("score")) for game in row["games"])
-            games = [first and (1 - first[0], first[1]), second]        # game 1 shows the baseline as A
+    battles = len(rows) > 0 and "winner" in rows[0][1]
+    model_field = "model_b" if battles else "model"
+    rows, model = select_model(rows, lambda r: r[model_field], judgments, model)
+    if battles:  # a question has several of them, and none names its judge
+        judge_name = "unknown (a battles file does not say)"
+    else:
+        judge_name = only_judge(rows, lambda r: r["judge"], judgments)
+        check_no_duplicates(rows, key_of)
+
+    won, category, invalid = tally(rows)
+    if not won:
+        raise InputError(f"{judgments}: not one verdict on {model}")
+
+    scores = {
+        "model": model,
+        "judge": judge_name,
+        "date": last_day(rows),
+        "invalid": invalid,
+        **win_rate(list(won.values()), resamples),
+        "avg_tokens": mean_tokens(answers),
+    }
+    # v2.0 has hard prompts and creative writing
+    names = sorted(set(category.values()))
+    if len(names) > 1:
+        scores["categories"] = {}
+        for name in names:
+            some = [won[key] for key in won if category[key] == name]
+            scores["categories"][name] = win_rate(some, resamples)
+    return scores
+
+
+def tally(rows):
+    """What the model has won of each question out of what weight, the questions' categories, and
+    the number of games without a verdict: {key: [won, weight]}, {key: category}, invalid.
+    """
+    won = collections.defaultdict(lambda: np.zeros(2))
+    category = {}
+    invalid = 0
+    for _, row in rows:
+        games = games_of(row)
         invalid += games.count(None)
-        for share, weight in () if "uid" in row and None in games else filter(None, games):
-            won[key] += share * weight, weight
-            groups[key] = row.get("category", "all")
-    won or sys.exit(f"{judgments}: not one verdict on {name}")
-
-    def table(keys):
-        counts, draw = np.array([won[k] for k in keys]), np.random.default_rng(0)                            # (Q, [won, weight])
-        drawn = counts[draw.integers(len(keys), size=(resamples, len(keys)))].sum(1)                         # (resamples, 2)
-        interval = 100 * np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
-        return {"n": len(keys), "win_rate": 100 * counts[:, 0].sum() / counts[:, 1].sum(), "ci": interval.tolist()}
-
-    lengths = [tokens for _, tokens in answers_of(answers)[0].values()] if answers else [None]
-    parts = {c: table([k for k in won if groups[k] == c]) for c in sorted(set(groups.values()))}
-    return {"model": name, "judge": judge, "date": judged_at(rows), "invalid": invalid, **table(list(won)),
-            "avg_tokens": None if None in lengths else int(np.mean(lengths)), **({"categories": parts} if len(parts) > 1 else {})}
+        if "uid" in row and None in games:  # v2.0
+            continue
+        for game in games:
+            if game is None:
+                continue
+            share, weight = game
+            won[key_of(row)] += share * weight, weight
+            category[key_of(row)] = row.get("category", "all")
+    return won, category, invalid
 
 
-def judge_arena_hard(folder, answers, baseline, judge, asked):
-    """Two games a question; a judge that gives no verdict is asked once to go on and finish with one.
+def mean_tokens(answers):
+    """Mean tokens of the answers in a file, None without a file or where it does not say."""
+    if not answers:
+        return None
+    lengths = [answer.tokens for answer in read_answers(answers)[0].values()]
+    if None in lengths:
+        return None
+    return int(np.mean(lengths))
 
-    The judge's prompt is read from judge_config.yaml, which the repository had until v2.0 put it into code.
+
+def games_of(row):
+    """[(share that the model wins, weight), or None without a verdict] of a record's games."""
+    if "winner" in row:  # of a battles file, such as "tie (bothbad)"
+        return [WINNERS.get(row["winner"].partition(" ")[0])]
+
+    verdicts = VERDICTS
+    if "uid" in row:  # v2.0
+        verdicts = VERDICTS | MIRRORED
+    first, second = row["games"]  # a game that was not judged may be null
+    first = verdicts.get((first or {}).get("score"))
+    second = verdicts.get((second or {}).get("score"))
+    if first is not None:  # game 1 shows the baseline as A
+        share, weight = first
+        first = 1 - share, weight
+    return [first, second]
+
+
+def win_rate(counts, resamples):
+    """Questions, win rate and its interval; counts: [won, weight] of each question."""
+    counts = np.array(counts)  # (Q, 2)
+
+    # the games of a question hang together, so questions are drawn
+    rng = np.random.default_rng(0)
+    chosen = rng.integers(len(counts), size=(resamples, len(counts)))  # (resamples, Q)
+    sums = counts[chosen].sum(1)  # (resamples, 2)
+    ci = 100 * np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
+    return {
+        "n": len(counts),
+        "win_rate": 100 * counts[:, 0].sum() / counts[:, 1].sum(),
+        "ci": ci.tolist(),
+    }
+
+
+# ---- judge ----
+
+
+def judge(ask, bench_data, answers, baseline, judge_model):
+    """Records of two games a question: game 1 shows the baseline as A, game 2 the model.
+
+    A judge that gives no verdict is asked once to go on and finish with one.
+    """
+    settings = read_judge_config(bench_data)
+    if not baseline:
+        raise InputError(
+            "--baseline is not set: the answers file of the model to compare with "
+            "(v0.1: model_answer/gpt-4-0314.jsonl)"
+        )
+    ours, model = read_answers(answers)
+    theirs, baseline_name = read_answers(baseline)
+
+    questions = read_questions(bench_data, ours)
+    if not questions:
+        raise InputError(f"{answers}: answers none of Arena-Hard's questions")
+    missing = [key for key in questions if key not in theirs]
+    if missing:
+        raise InputError(
+            f"{baseline}: no answer to {len(missing)} of the questions, such as '{missing[0]}'"
+        )
+
+    # two games a question, one after the other
+    games = []
+    for key, question in questions.items():
+        pair = theirs[key].texts[0], ours[key].texts[0]
+        for number, (a, b) in enumerate((pair, pair[::-1]), 1):
+            messages = fill_template(settings, first_turn(question), a, b)
+            games.append({"about": [key, number], "messages": messages})
+    play(games, ask, settings)
+
+    # games 2k and 2k + 1 are those of question k
+    names = {"model": model, "judge": judge_model, "baseline": baseline_name, "tstamp": time.time()}
+    rows = []
+    for k, (key, question) in enumerate(questions.items()):
+        rows.append(record_of(key, question, names, games[2 * k : 2 * k + 2]))
+    return rows
+
+
+def read_judge_config(bench_data):
+    """The judge's system_prompt, prompt_template (a text), temperature and max_tokens.
+
+    They stand in judge_config.yaml, which the repository had until v2.0 put them into code.
     """
     import yaml
-    with open(find(folder, "*judge_config*.y*ml", "lm-sys/arena-hard-auto (its tree of September 2024)"), encoding="utf-8") as f:
+
+    origin = f"{REPOSITORY} (its tree of September 2024)"
+    path = find_bench_file(bench_data, "*judge_config*.y*ml", origin)
+    with open(path, encoding="utf-8") as f:
         settings = yaml.safe_load(f)
     for field in ("system_prompt", "prompt_template", "temperature", "max_tokens"):
-        field in settings or sys.exit(f"{f.name}: '{field}' is missing")
-    template = settings["prompt_template"] if isinstance(settings["prompt_template"], str) else settings["prompt_template"][0]
-    baseline or sys.exit("--baseline is not set: the answers file of the model to compare with (v0.1: model_answer/gpt-4-0314.jsonl)")
-    (ours, name), (theirs, other) = answers_of(answers), answers_of(baseline)
-    asks = {row.get("question_id", row.get("uid")): row for _, row in read_records(find(folder, "question.jsonl", "lm-sys/arena-hard-auto"))}
-    keys = [key for key in asks if key in ours] or sys.exit(f"{answers}: answers none of Arena-Hard's questions")
-    lacking = [key for key in keys if key not in theirs]
-    lacking and sys.exit(f"{baseline}: no answer to {len(lacking)} of the questions, such as '{lacking[0]}'")
-    new, talks = "uid" in asks[keys[0]], []
-    for key in keys:
-        turn = asks[key].get("prompt") or asks[key]["turns"][0]
-        question = turn if isinstance(turn, str) else turn["content"]
-        for a, b in ((theirs[key][0][0], ours[key][0][0]), (ours[key][0][0], theirs[key][0][0])):
-            text = template.format(question_1=question, answer_1=a, answer_2=b, QUESTION=question, ANSWER_A=a, ANSWER_B=b)
-            talks.append([{"role": "system", "content": settings["system_prompt"]}, {"role": "user", "content": text}])
-
-    def said(which):
-        replies = asked([{"messages": talks[k], "temperature": float(settings["temperature"]), "max_tokens": settings["max_tokens"],
-                          "about": [keys[k // 2], k % 2 + 1]} for k in which])
-        return [reply["reply"] for reply in replies]
-
-    judged = said(range(len(talks)))
-    silent = [k for k, reply in enumerate(judged) if reply and not re.search(r"\[\[[AB<>=]+\]\]", reply)]
-    for k in silent:
-        talks[k] += [{"role": "assistant", "content": judged[k]},
-                     {"role": "user", "content": "continue your judgment and finish by outputting a final verdict label"}]
-    for k, reply in zip(silent, said(silent) if silent else ()):
-        judged[k] += "\n" + reply
-    games = [{"user_prompt": talk[1]["content"], "judgment": reply, "score": verdict_of(reply, new)} for talk, reply in zip(talks, judged)]
-    who = {"model": name, "judge": judge, "baseline": other, "tstamp": time.time()}
-    return [({"uid": key, "category": asks[key]["category"]} if new else {"question_id": key}) | who | {"games": games[2 * k:2 * k + 2]}
-            for k, key in enumerate(keys)]
+        if field not in settings:
+            raise InputError(f"{path}: '{field}' is missing")
+    if not isinstance(settings["prompt_template"], str):
+        settings["prompt_template"] = settings["prompt_template"][0]
+    return settings
 
 
-def verdict_of(reply, new):
-    """The [[verdict]] of a reply, or None: v0.1 wants one distinct verdict, v2.0 takes the last, in single brackets if need be."""
-    text = reply.upper() if new else reply
-    found = re.findall(r"\[\[([AB<>=]+)\]\]", text) or (re.findall(r"\[([AB<>=]+)\]", text) if new else [])
-    return found[-1] if found and (new or len(set(found)) == 1) else None
+def read_questions(bench_data, answers):
+    """{key: record} of the benchmark's questions that have an answer, in its order."""
+    path = find_bench_file(bench_data, "question.jsonl", REPOSITORY)
+    questions = {key_of(row): row for _, row in read_records(path)}
+    return {key: question for key, question in questions.items() if key in answers}
+
+
+def first_turn(question):
+    """The text of a question: v2.0 has it as `prompt`, v0.1 as a turn, which may be an object."""
+    turn = question.get("prompt") or question["turns"][0]
+    if isinstance(turn, str):
+        return turn
+    return turn["content"]
+
+
+def fill_template(settings, question, a, b):
+    """Messages to the judge of one game; v0.1's template and v2.0's name their places apart."""
+    text = settings["prompt_template"].format(
+        question_1=question,
+        answer_1=a,
+        answer_2=b,
+        QUESTION=question,
+        ANSWER_A=a,
+        ANSWER_B=b,
+    )
+    return [
+        {"role": "system", "content": settings["system_prompt"]},
+        {"role": "user", "content": text},
+    ]
+
+
+def play(games, ask, settings):
+    """Put the judge's words into each game as `judgment`; one without a verdict is asked on."""
+
+    def replies_to(some):
+        questions = [
+            {
+                "messages": game["messages"],
+                "temperature": float(settings["temperature"]),
+                "max_tokens": settings["max_tokens"],
+                "about": game["about"],
+            }
+            for game in some
+        ]
+        return [reply["reply"] for reply in ask(questions)]
+
+    # all games at once
+    for game, reply in zip(games, replies_to(games)):
+        game["judgment"] = reply
+
+    # then once more those that ended without a verdict; an empty reply was refused
+    silent = []
+    for game in games:
+        if game["judgment"] and not re.search(r"\[\[[AB<>=]+\]\]", game["judgment"]):
+            silent.append(game)
+            game["messages"].append({"role": "assistant", "content": game["judgment"]})
+            game["messages"].append({"role": "user", "content": GO_ON})
+    if silent:
+        for game, reply in zip(silent, replies_to(silent)):
+            game["judgment"] += "\n" + reply
+
+
+def record_of(key, question, names, games):
+    """A record of the judgments file, of one question's two games."""
+    is_v2 = "uid" in question
+    row = {"question_id": key}
+    if is_v2:
+        row = {"uid": key, "category": question["category"]}
+    row |= names
+    row["games"] = []
+    for game in games:
+        verdict = verdict_of(game["judgment"], is_v2)
+        text = game["messages"][1]["content"]
+        row["games"].append({"user_prompt": text, "judgment": game["judgment"], "score": verdict})
+    return row
+
+
+def verdict_of(reply, is_v2):
+    """The [[verdict]] of a reply, or None.
+
+    v0.1 wants one distinct verdict. v2.0 takes the last, in lower case or single brackets too.
+    """
+    # as the official code of each version has it
+    if is_v2:
+        reply = reply.upper()
+    verdicts = re.findall(r"\[\[([AB<>=]+)\]\]", reply)
+    if is_v2 and not verdicts:
+        verdicts = re.findall(r"\[([AB<>=]+)\]", reply)
+    if not verdicts:
+        return None
+    if not is_v2 and len(set(verdicts)) > 1:
+        return None
+    return verdicts[-1]

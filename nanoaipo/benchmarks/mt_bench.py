@@ -1,72 +1,218 @@
-"""MT-Bench: single-answer grading of two turns.
-"""
+"""MT-Bench: single-answer grading of two turns (2306.05685)."""
+
 import glob
 import os
 import re
-import sys
 import time
 
-from nanoaipo.benchmarks.answers import answers_of, find, judged_at, once, one_judge, one_model
+from nanoaipo.benchmarks.answers import (
+    check_no_duplicates,
+    files_below,
+    find_bench_file,
+    last_day,
+    only_judge,
+    read_answers,
+    select_model,
+)
+from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
 
-CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")   # MT-Bench: ten questions each, from 81
-REFERRED = ("math", "reasoning", "coding")                              # judged beside a reference answer
+REPOSITORY = "lm-sys/FastChat"
+SUFFIX = ".jsonl"  # of a judgments file
+N_RATINGS = 160  # 80 questions of two turns
+
+# ten questions each, from question 81 on
+CATEGORIES = (
+    "writing",
+    "roleplay",
+    "reasoning",
+    "math",
+    "coding",
+    "extraction",
+    "stem",
+    "humanities",
+)
+REFERRED = ("math", "reasoning", "coding")  # judged beside a reference answer
 
 
-def category_of(question):
-    return CATEGORIES[(question - 81) // 10] if isinstance(question, int) and 81 <= question <= 160 else "other"
+# ---- score ----
 
 
-def score_mt_bench(judgments, name, answers, tables):
-    """Mean of all ratings (1 to 10) of single-answer grading, by turn and by category; -1, a reply without a rating, is invalid."""
-    rows = list(read_records(judgments, "question_id", "model", "judge", "score", "turn"))
-    rows, name = one_model(rows, lambda r: r["model"], judgments, name)
-    once(rows, lambda r: f"question {r['question_id']}, turn {r['turn']}")
-    rated = [r for _, r in rows if r["score"] is not None and r["score"] >= 0] or sys.exit(f"{judgments}: not one rating of {name}")
-    judge = one_judge(rows, lambda r: r["judge"] if isinstance(r["judge"], str) else r["judge"][0], judgments)
-    categories = sorted({category_of(r["question_id"]) for r in rated}, key=[*CATEGORIES, "other"].index)
-
-    def mean(which):
-        kept = [r["score"] for r in rated if which(r)]
-        return sum(kept) / len(kept) if kept else None
-
-    return {"model": name, "judge": judge, "date": judged_at(rows),
-            "n": len(rated), "invalid": len(rows) - len(rated), "missing": max(0, 160 - len(rows)),
-            "score": mean(lambda r: True), "turn_1": mean(lambda r: r["turn"] == 1), "turn_2": mean(lambda r: r["turn"] == 2),
-            "categories": {c: mean(lambda r: category_of(r["question_id"]) == c) for c in categories}}
+def category_of(question_id):
+    """The category of an official question, else "other"."""
+    if isinstance(question_id, int) and 81 <= question_id <= 160:
+        return CATEGORIES[(question_id - 81) // 10]
+    return "other"
 
 
-def judge_mt_bench(folder, answers, baseline, judge, asked):
-    """Single-answer grading of both turns; math, reasoning and coding beside a reference answer (the judge's own where there is one)."""
-    prompts = find(folder, "judge_prompts.jsonl", "lm-sys/FastChat")
-    templates = {row["name"]: row for _, row in read_records(prompts, "name", "prompt_template", "system_prompt")}
-    own = os.path.join("reference_answer", glob.escape(judge) + ".jsonl")
-    there = glob.glob(os.path.join(glob.escape(folder), "**", own), recursive=True)
-    references, _ = answers_of(find(folder, own if there else "reference_answer/gpt-4.jsonl", "lm-sys/FastChat"))
-    ours, name = answers_of(answers)
-    rows, questions = [], []
-    for place, question in read_records(find(folder, "question.jsonl", "lm-sys/FastChat"), "question_id", "category", "turns"):
-        key, asks = question["question_id"], question["turns"]
+def judge_of(row):
+    """The judge's name of a record, which may stand beside the name of its template."""
+    if isinstance(row["judge"], str):
+        return row["judge"]
+    return row["judge"][0]
+
+
+def mean_score(rows):
+    """Mean rating of some records, None of none."""
+    if not rows:
+        return None
+    return sum(row["score"] for row in rows) / len(rows)
+
+
+def score(judgments, model, **_):
+    """Mean of all ratings (1 to 10), by turn and by category; a reply without a rating is invalid.
+
+    model: whose judgments, where the file has several. Such a reply has the score -1 or null.
+    Raises InputError.
+    """
+    fields = ("question_id", "model", "judge", "score", "turn")
+    rows = list(read_records(judgments, *fields))
+    rows, model = select_model(rows, lambda r: r["model"], judgments, model)
+    check_no_duplicates(rows, lambda r: f"question {r['question_id']}, turn {r['turn']}")
+
+    # -1: a reply in which the official code found no rating
+    rated = [row for _, row in rows if row["score"] is not None and row["score"] >= 0]
+    if not rated:
+        raise InputError(f"{judgments}: not one rating of {model}")
+
+    by_category = {category: [] for category in (*CATEGORIES, "other")}
+    for row in rated:
+        by_category[category_of(row["question_id"])].append(row)
+
+    return {
+        "model": model,
+        "judge": only_judge(rows, judge_of, judgments),
+        "date": last_day(rows),
+        "n": len(rated),
+        "invalid": len(rows) - len(rated),
+        "missing": max(0, N_RATINGS - len(rows)),
+        "score": mean_score(rated),
+        "turn_1": mean_score([row for row in rated if row["turn"] == 1]),
+        "turn_2": mean_score([row for row in rated if row["turn"] == 2]),
+        "categories": {name: mean_score(some) for name, some in by_category.items() if some},
+    }
+
+
+# ---- judge ----
+
+
+def judge(ask, bench_data, answers, baseline, judge_model):
+    """Ratings of both turns of each answer; math, reasoning, coding beside a reference answer.
+
+    The reference answers are the judge's own where there are any. MT-Bench has no baseline.
+    """
+    templates = read_templates(bench_data)
+    references = read_references(bench_data, judge_model)
+    ours, model = read_answers(answers)
+
+    # a record and a question to the judge for each turn of each question that has an answer
+    rows = []
+    questions = []
+    for place, question in read_questions(bench_data):
+        key = question["question_id"]
         if key not in ours:
             continue
-        given, referred = ours[key][0], question["category"] in REFERRED
-        len(given) == len(asks) or sys.exit(f"{answers}: {len(given)} answers to the {len(asks)} turns of question {key}")
-        not referred or key in references or sys.exit(f"{place}: its reference answer is missing in reference_answer/")
-        fields = {"question": asks[0], "answer": given[0]}
-        for kind, texts_of in (("question", asks), ("answer", given), ("ref_answer", references[key][0] if referred else ())):
-            fields |= {f"{kind}_{n}": text for n, text in enumerate(texts_of, 1)}
-        for turn in range(1, len(asks) + 1):
-            template = templates["single" + "-math" * referred + "-v1" + "-multi-turn" * (turn > 1)]
-            text = template["prompt_template"].format(**fields)
-            rows.append({"question_id": key, "model": name, "judge": [judge, template["name"]], "user_prompt": text, "turn": turn})
-            questions.append({"messages": [{"role": "system", "content": template["system_prompt"]}, {"role": "user", "content": text}],
-                              "temperature": 0.0, "max_tokens": 2048, "about": [key, turn]})
-    rows or sys.exit(f"{answers}: answers none of MT-Bench's questions")
-    replies = [reply["reply"] for reply in asked(questions)]
-    return [row | {"judgment": reply, "score": rating_of(reply), "tstamp": time.time()} for row, reply in zip(rows, replies)]
+        texts = ours[key].texts
+        if len(texts) != len(question["turns"]):
+            raise InputError(
+                f"{answers}: {len(texts)} answers to the {len(question['turns'])} turns of "
+                f"question {key}"
+            )
+        if question["category"] in REFERRED and key not in references:
+            raise InputError(f"{place}: its reference answer is missing in reference_answer/")
+
+        prompts = prompts_of(question, texts, references, templates)
+        for turn, (name, messages) in enumerate(prompts, 1):
+            row = {
+                "question_id": key,
+                "model": model,
+                "judge": [judge_model, name],
+                "user_prompt": messages[1]["content"],
+                "turn": turn,
+            }
+            grading = {
+                "messages": messages,
+                "temperature": 0.0,
+                "max_tokens": 2048,
+                "about": [key, turn],
+            }
+            rows.append(row)
+            questions.append(grading)
+    if not rows:
+        raise InputError(f"{answers}: answers none of MT-Bench's questions")
+
+    # the replies come in the order of the questions
+    for row, reply in zip(rows, ask(questions)):
+        row["judgment"] = reply["reply"]
+        row["score"] = rating_of(reply["reply"])
+        row["tstamp"] = time.time()
+    return rows
+
+
+def read_questions(bench_data):
+    """The (place, record) pairs of the benchmark's questions."""
+    path = find_bench_file(bench_data, "question.jsonl", REPOSITORY)
+    return read_records(path, "question_id", "category", "turns")
+
+
+def read_templates(bench_data):
+    """{name: record} of what the official code asks a judge."""
+    path = find_bench_file(bench_data, "judge_prompts.jsonl", REPOSITORY)
+    records = read_records(path, "name", "prompt_template", "system_prompt")
+    return {row["name"]: row for _, row in records}
+
+
+def read_references(bench_data, judge_model):
+    """{question id: Answer} of the judge's own reference answers, else of GPT-4's."""
+    pattern = os.path.join("reference_answer", glob.escape(judge_model) + ".jsonl")
+    if not files_below(bench_data, pattern):
+        pattern = "reference_answer/gpt-4.jsonl"
+    references, _ = read_answers(find_bench_file(bench_data, pattern, REPOSITORY))
+    return references
+
+
+def prompts_of(question, texts, references, templates):
+    """[(name of the judge's template, messages to the judge)] of each turn of a question."""
+    is_referred = question["category"] in REFERRED
+
+    # a template of the first turn has places without a number, the others' have numbers
+    fields = {"question": question["turns"][0], "answer": texts[0]}
+    fields |= numbered("question", question["turns"])
+    fields |= numbered("answer", texts)
+    if is_referred:
+        fields |= numbered("ref_answer", references[question["question_id"]].texts)
+
+    prompts = []
+    for turn in range(1, len(texts) + 1):
+        template = templates[template_name(is_referred, turn)]
+        messages = [
+            {"role": "system", "content": template["system_prompt"]},
+            {"role": "user", "content": template["prompt_template"].format(**fields)},
+        ]
+        prompts.append((template["name"], messages))
+    return prompts
+
+
+def numbered(field, texts):
+    """{field_1: the first text, field_2: the second, ...}"""
+    return {f"{field}_{n}": text for n, text in enumerate(texts, 1)}
+
+
+def template_name(is_referred, turn):
+    """The official name of the judge's template, such as single-math-v1-multi-turn."""
+    name = "single"
+    if is_referred:
+        name += "-math"
+    name += "-v1"
+    if turn > 1:
+        name += "-multi-turn"
+    return name
 
 
 def rating_of(reply):
     """The first [[rating]], else the first [rating]; -1 without one."""
-    found = re.search(r"\[\[(\d+\.?\d*)\]\]", reply) or re.search(r"\[(\d+\.?\d*)\]", reply)
-    return float(found[1]) if found else -1
+    for pattern in (r"\[\[(\d+\.?\d*)\]\]", r"\[(\d+\.?\d*)\]"):
+        rating = re.search(pattern, reply)
+        if rating:
+            return float(rating[1])
+    return -1
