@@ -1,0 +1,199 @@
+"""Arena-Hard: published scores, verdicts and their weights, games by a judge that is asked."""
+
+import glob
+import random
+import statistics
+
+import pytest
+from benchmark_files import (
+    ARENA,
+    SHARED,
+    Grader,
+    arena,
+    arena_bench,
+    judge_by,
+    published,
+    read,
+    read_json,
+    score,
+    succeed,
+    write,
+)
+
+from nanoaipo.benchmarks import arena_hard
+
+# ---- published ----
+
+
+@published
+def test_arena_hard_scores_are_the_published_ones():
+    name = "gpt-3.5-turbo-0125.jsonl.gz"
+    scores = score("arena_hard", ARENA / "battles" / name, answers=ARENA / "model_answer" / name)
+    low, high = scores["ci"]
+    assert round(scores["win_rate"], 2) == 23.34
+    assert (scores["avg_tokens"], scores["n"]) == (329, 500)
+    assert 2 < scores["win_rate"] - low < 5
+    assert 2 < high - scores["win_rate"] < 5
+
+    (partial,) = glob.glob(str(ARENA / "judgments_partial" / "*.gz"))
+    scores = score("arena_hard", partial)
+    unread = 0
+    for row in read(partial):
+        for game in row["games"]:
+            unread += game["score"] not in ("A>>B", "A>B", "A=B", "B>A", "B>>A")
+    assert round(scores["win_rate"], 4) == 12.8931
+    assert scores["invalid"] == unread > 0
+    assert scores["judge"] == "gpt-4-1106-preview"
+
+
+# ---- verdicts ----
+
+
+def test_arena_hard_weighs_strong_verdicts_three_times_and_leaves_out_a_game_without_one(tmp_path):
+    rows = arena(  # the baseline is A in game 1 only
+        a=("A>>B", "A>>B"),
+        b=("A>B", "B>A"),
+        c=(None, "A>B"),
+        d=("A<B", "A=B"),
+        e=("B>>A", "A>>A"),
+    )
+
+    scores = score("arena_hard", write(tmp_path / "j.jsonl.gz", rows))
+
+    share = (3 + 1 + 0.5 + 3) / (6 + 2 + 1 + 1 + 3)
+    assert scores["win_rate"] == pytest.approx(100 * share)
+    assert (scores["n"], scores["invalid"]) == (5, 3)
+
+    # the same games in a battles file, where a strong verdict is three battles
+    winners = {
+        "a": ["model_a"] * 3 + ["model_b"] * 3,
+        "b": ["model_a", "model_a"],
+        "c": ["model_b"],
+        "d": ["tie (bothbad)"],
+        "e": ["model_b"] * 3,
+    }
+    battles = []
+    for question, names in winners.items():
+        battle = {"question_id": question, "model_a": "base", "model_b": "m"}
+        battles += [battle | {"winner": name} for name in names]
+    same = score("arena_hard", write(tmp_path / "b.jsonl", battles))
+    assert same["win_rate"] == scores["win_rate"]
+    assert same["ci"] == scores["ci"]
+    assert same["model"] == "m"
+
+
+def test_arena_hard_2_leaves_out_the_question_and_reads_what_0_1_does_not(tmp_path):
+    rows = arena(a=("A<B", "A>B"), b=(None, "A>>B"), c=("A<<B", "A>B"), d=("A=B", "B>A"))
+    kinds = ("hard_prompt", "hard_prompt", "creative_writing", "creative_writing")
+    for row, kind in zip(rows, kinds):
+        row["uid"] = row.pop("question_id")
+        row["category"] = kind
+    rows[1]["games"][0] = None
+
+    scores = score("arena_hard", write(tmp_path / "j.jsonl", rows))
+
+    assert scores["win_rate"] == pytest.approx(100 * (2 + 4 + 0.5) / 8)
+    assert (scores["n"], scores["invalid"]) == (3, 1)
+    parts = {name: (part["n"], part["win_rate"]) for name, part in scores["categories"].items()}
+    assert parts == {"hard_prompt": (1, 100), "creative_writing": (2, pytest.approx(75))}
+
+
+def test_the_bootstrap_draws_questions(tmp_path):
+    rng = random.Random(0)
+    agreeing = [("A>>B", "B>>A"), ("B>>A", "A>>B"), ("B>A", "A>B")]  # games of a question agree
+    games = {f"q{k}": rng.choice(agreeing) for k in range(60)}
+    worth = {"B>>A": (3, 3), "A>>B": (0, 3), "B>A": (1, 1)}  # of game 1: won, weight
+
+    scores = score("arena_hard", write(tmp_path / "j.jsonl", arena(**games)))
+
+    counts = [worth[first] for first, _ in games.values()]
+    rates = []
+    for _ in range(4000):
+        some = rng.choices(counts, k=60)
+        rates.append(100 * sum(won for won, _ in some) / sum(weight for _, weight in some))
+    cuts = statistics.quantiles(rates, n=40)
+    assert scores["ci"] == pytest.approx([cuts[0], cuts[-1]], abs=1.5)
+    assert scores["ci"][1] - scores["ci"][0] > 22  # games drawn one by one: 18
+
+
+@pytest.mark.parametrize(
+    "reply, v01, v2",
+    [
+        ("[[A>>B]]", "A>>B", "A>>B"),
+        ("[[A>B]], as I said: [[A>B]]", "A>B", "A>B"),
+        ("[[A>B]] no [[B>A]]", None, "B>A"),
+        ("[[A>> B]]", None, None),
+        ("[[a>b]]", None, "A>B"),
+        ("[A=B]", None, "A=B"),
+        ("A>B", None, None),
+    ],
+)
+def test_the_verdict_of_a_reply(reply, v01, v2):
+    assert arena_hard.verdict_of(reply, False) == v01
+    assert arena_hard.verdict_of(reply, True) == v2
+
+
+# ---- a judge that is asked ----
+
+
+def test_arena_hard_plays_two_games_and_asks_once_more_for_a_verdict(tmp_path):
+    replies = {  # of game 1, which shows the baseline first, and of game 2
+        "w": ("[[B>A]]", "[[A>>B]]"),
+        "s": ("[[A>B]] or [[B>A]]", "hm"),
+        "g": ("[[B>>A]]", "let me think {x}"),
+    }
+    asked_on = {"w": "[[A>B]]", "s": "", "g": "[[A>B]]"}
+
+    def say(messages):
+        question = messages[1]["content"][0]
+        if len(messages) == 4:
+            return asked_on[question]
+        is_second = "A: answers" in messages[1]["content"]
+        return replies[question][is_second]
+
+    settings = arena_bench(tmp_path, {"w": "1", "s": "2", "g": "{answer_1}"})
+    server = Grader(say)
+
+    succeed(*judge_by(server.url, tmp_path, "arena_hard", **settings))
+
+    rows = read(tmp_path / "j.jsonl")
+    verdicts = {row["question_id"]: [game["score"] for game in row["games"]] for row in rows}
+    assert verdicts == {"w": ["B>A", "A>>B"], "s": [None, None], "g": ["B>>A", "A>B"]}
+    game = rows[2]["games"][1]
+    assert game["judgment"] == "let me think {x}\n[[A>B]]"
+    assert game["user_prompt"] == "g?\nA: answers {answer_1}\nB: baseline {answer_1}"
+
+    assert sum(server.paid.values()) == 8
+    asked_again = [body for body in server.bodies if len(body["messages"]) == 4]
+    assert asked_again[0]["messages"][3]["content"].startswith("continue your judgment")
+
+    scores = read_json(tmp_path / "score.json")
+    assert (scores["win_rate"], scores["n"], scores["invalid"]) == (100, 2, 2)
+    assert (scores["avg_tokens"], scores["judge"]) == (8, "gpt-j")
+
+    if SHARED.is_dir():
+        (partial,) = glob.glob(str(ARENA / "judgments_partial" / "*.gz"))
+        theirs = read(partial)[0]
+        assert {*theirs} <= {*rows[0]}
+        assert {*theirs["games"][0]} == {*rows[0]["games"][0]}
+
+
+def test_when_only_the_second_request_of_a_game_is_refused_the_others_still_count(tmp_path):
+    def too_long(server, handler):
+        if len(handler.body["messages"]) < 4:
+            return False
+        handler.reply({"error": {"message": "context length"}}, 400)
+        return True
+
+    def say(messages):
+        if messages[1]["content"][0] == "s":
+            return "hm"
+        return "[[A=B]]"
+
+    server = Grader(say, too_long)
+    settings = arena_bench(tmp_path, {"s": "1", "t": "2"})
+
+    succeed(*judge_by(server.url, tmp_path, "arena_hard", **settings))
+
+    assert read_json(tmp_path / "score.json")["n"] == 1
+    assert read_json(tmp_path / "j.manifest.json")["counts"]["refused"] == 2
