@@ -185,8 +185,9 @@ def answer(model, counts, *, reward_temperature=1.0, **_):
             try:
                 rewards = [float(is_right(text, row["answer"])) for text in row["texts"]]
             except (LookupError, TypeError, re.error) as e:
+                reason = f"{type(e).__name__}: {e}"
                 raise InputError(
-                    f"{place}: its 'answer' is not as data.py has it ({type(e).__name__}: {e})"
+                    f"{place}: its 'answer' is not as nanoaipo/grading.py has it ({reason})"
                 ) from e
             yield from_rewards(rewards, reward_temperature)
 

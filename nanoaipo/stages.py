@@ -32,7 +32,6 @@ FREE = {
     "keep_checkpoints",
     "reference_cache",
     "wandb",
-    "tensorboard",
     "judge_url",
     "judge_concurrency",
     "engine_url",
