@@ -1,42 +1,96 @@
-"""What the files of runs say, for plot.py and report.py: scores of each iteration, training, pairs, answers, counts.
+"""What the files of runs say: scores of each iteration, training, pairs, answers, counts.
 
-    runs = {"tiny_aipo": load("out/tiny_aipo", 0), ...}
+runs = {"tiny_aipo": load_run("out/tiny_aipo", recipe, settings), ...}
 
-Besides eval.json every iter_T/*.json with a "bench" is read, and what two judges say never shares a column. A run may be unfinished.
+A run has "recipe", "settings" and "iterations", {t: iteration}; load_iteration lists the fields of
+an iteration. A run may be unfinished. Besides eval.json every iter_T/*.json with a "bench" is
+read. What two judges say never shares a column: scores belong to a Source, a benchmark and a judge.
 """
+
+import collections
 import glob
 import json
 import math
 import os
-import sys
 
 import numpy as np
 
-from configurator import SCRIPTS, declared, literals
 from nanoaipo.chat import as_messages
+from nanoaipo.errors import InputError
 from nanoaipo.files import find_files, read_records
 from nanoaipo.prompts import read_candidates
 from nanoaipo.stages import manifest_path
 
-PERFORMANCE = {"win_rate": ("win rate", ".1f%"), "lc_win_rate": ("LC win rate", ".1f%"), "accuracy": ("accuracy", ".1f%"), "score": ("score", ".2f")}
-LENGTH = {"tokens": ("tokens", ".1f"), "characters": ("characters", ",.0f")}
-TRAINED = {"s_ref": ("s_ref", "+.2f"), "logp_chosen": ("logp chosen", "+.2f"), "len_chosen": ("len chosen", ".1f"),
-           "len_rejected": ("len rejected", ".1f")}
-FIELDS = PERFORMANCE | LENGTH | {"finished": ("finished", ".0f%"), "distinct_2": ("distinct-2", ".2f"), "self_similarity": ("self-sim.", ".2f"),
-                                 "turn_1": ("turn 1", ".2f"), "turn_2": ("turn 2", ".2f")} | TRAINED
-TRAINING = ("training pairs", "")                                       # a column belongs to (bench, judge); here nobody judges
-STAGES = {"prompts": "new instructions", "candidates": "candidates", "pairs": "pairs", "model": "training", "answers": "answers"}
-COLORS = "#2f7fc1 #d55e00 #009e73 #c2559d #a08200 #8069d6 #7f7f7f".split()     # contrast of 3 and more on white and on the dark page
-MARKS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼"}              # colour is never alone: matplotlib's marks and those of the legend
-INK = "#010203"                                                         # stands for the reader's text colour until an SVG is done
-DRAWN = 2000                                                            # dots of a figure, pairs of a similarity
-CONTROL = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {127: 0x2421} | dict.fromkeys(range(128, 160), 0xfffd)
+Source = collections.namedtuple("Source", "bench judge")
+Column = collections.namedtuple("Column", "source field")
+TRAINING = Source("training pairs", "")  # nobody judges them
+
+# fields of scores: (title, format)
+PERFORMANCE = {
+    "win_rate": ("win rate", ".1f%"),
+    "lc_win_rate": ("LC win rate", ".1f%"),
+    "accuracy": ("accuracy", ".1f%"),
+    "score": ("score", ".2f"),
+}
+LENGTH = {
+    "tokens": ("tokens", ".1f"),
+    "characters": ("characters", ",.0f"),
+}
+TEXT = {
+    "finished": ("finished", ".0f%"),
+    "distinct_2": ("distinct-2", ".2f"),
+    "self_similarity": ("self-sim.", ".2f"),
+    "turn_1": ("turn 1", ".2f"),
+    "turn_2": ("turn 2", ".2f"),
+}
+TRAINED = {
+    "s_ref": ("s_ref", "+.2f"),
+    "logp_chosen": ("logp chosen", "+.2f"),
+    "len_chosen": ("len chosen", ".1f"),
+    "len_rejected": ("len rejected", ".1f"),
+}
+FIELDS = PERFORMANCE | LENGTH | TEXT | TRAINED
+
+# stages that count, and their names on the page
+STAGES = {
+    "prompts": "new instructions",
+    "candidates": "candidates",
+    "pairs": "pairs",
+    "model": "training",
+    "answers": "answers",
+}
+
+# control characters become visible pictures of themselves; those of C1 have none
+CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+CONTROL |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
 
 
-def number(row, field):
-    """The finite number in a field, else None."""
-    value = row.get(field)
-    return value if type(value) in (int, float) and math.isfinite(value) else None
+# ---- fields and numbers ----
+
+
+def is_number(value):
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def title(field):
+    return FIELDS.get(field, (field, ""))[0]
+
+
+def is_percent(field):
+    return FIELDS.get(field, (field, ""))[1].endswith("%")
+
+
+def format_number(value, field):
+    """A number as the table prints it, "-" where there is none."""
+    if not is_number(value):
+        return "-"
+    spec = FIELDS.get(field, (field, ".2f"))[1]
+    if is_percent(field):
+        return format(value, spec.removesuffix("%")) + "%"
+    return format(value, spec)
+
+
+# ---- files ----
 
 
 def load_json(path):
@@ -44,118 +98,274 @@ def load_json(path):
         with open(path, encoding="utf-8") as f:
             return json.load(f)
     except ValueError as e:
-        sys.exit(f"{path}: not JSON: {e}")
+        raise InputError(f"{path}: not JSON: {e}") from e
 
 
-def parts(path):
-    """The files of a stage, shards included; none while it is still being written."""
+def finished_files(path):
+    """The files of a stage, shards included; none while one of them is still being written."""
+    if os.path.isfile(path):
+        return [path]
     stem, suffix = os.path.splitext(path)
     shards = glob.glob(f"{glob.escape(stem)}-[0-9]*-of-[0-9]*{suffix}")
-    return find_files(path) if os.path.isfile(path) or shards and len(shards) >= int(shards[0].rpartition("-of-")[2].removesuffix(suffix)) else []
+    if not shards:
+        return []
+    n_shards = int(shards[0].removesuffix(suffix).rpartition("-of-")[2])
+    if len(shards) < n_shards:
+        return []
+    return find_files(path)
 
 
-def scores(path):
-    """What a benchmark's file says, win rate with its interval, length under the name of its unit; None if it is no benchmark's."""
-    row = load_json(path)
-    if not isinstance(row, dict) or "bench" not in row:
-        return None
-    row = {"judge": "-"} | row
-    error, interval = row.get("standard_error"), row.get("ci")
-    if interval or error:
-        row["win_rate_ci"] = interval or [row["win_rate"] - 1.96 * error, row["win_rate"] + 1.96 * error]
-    for field, unit in (("length", row.get("length_unit", "tokens")), ("avg_length", "characters"), ("avg_tokens", "tokens")):
-        row |= {unit + end: row[field + end] for end in ("", "_ci") if field + end in row}
-    return row
+def read_scores(path):
+    """What a benchmark's file says, as {field: value}; None if the file is no benchmark's.
 
-
-def read_pairs(folder):
-    """An iteration's responses (n, 2): length, log-prob; its pairs (m, 4): length difference, s_ref, log-probs; and its pairs' texts.
-
-    Log-probs are the sampling policy's, which is the iteration's reference; pairs are joined to candidates by id and ids.
+    A win rate gets its 95 % interval, a length the name of its unit.
     """
-    responses, margins, texts, logp = [], [], [], {}
-    for _, row in read_candidates(f"{folder}/candidates.jsonl") if parts(f"{folder}/candidates.jsonl") else ():
-        for r in row["responses"]:
-            if r.get("ids") and number(r, "logp") is not None:
-                responses.append((len(r["ids"]), r["logp"]))
-                logp[row["id"], hash(tuple(r["ids"]))] = r["logp"]      # the ids of 100,000 responses would fill the memory
-    for place, row in read_records(f"{folder}/pairs.jsonl", "chosen", "rejected") if parts(f"{folder}/pairs.jsonl") else ():
-        both = [as_messages(row[k]) or sys.exit(f"{place}: '{k}' has to be a text or a list of messages") for k in ("chosen", "rejected")]
-        texts.append([messages[-1]["content"] for messages in both])
-        w, l = row.get("chosen_ids") or (), row.get("rejected_ids") or ()
-        logp_w, logp_l = (logp.get((str(row.get("id")), hash(tuple(ids)))) for ids in (w, l))
-        if logp_w is not None and logp_l is not None:
-            margins.append((len(w) - len(l), logp_w - logp_l, logp_w, logp_l))
-    return np.array(responses).reshape(-1, 2), np.array(margins).reshape(-1, 4), texts
+    scores = load_json(path)
+    if not isinstance(scores, dict) or "bench" not in scores:
+        return None
+    scores.setdefault("judge", "-")
+
+    # Arena-Hard says an interval, AlpacaEval a standard error
+    if scores.get("ci"):
+        scores["win_rate_ci"] = scores["ci"]
+    elif scores.get("standard_error"):
+        margin = 1.96 * scores["standard_error"]
+        scores["win_rate_ci"] = [scores["win_rate"] - margin, scores["win_rate"] + margin]
+
+    # each benchmark has its own name for the length of answers
+    units = {
+        "length": scores.get("length_unit", "tokens"),
+        "avg_length": "characters",
+        "avg_tokens": "tokens",
+    }
+    for field, unit in units.items():
+        for end in ("", "_ci"):
+            if field + end in scores:
+                scores[unit + end] = scores[field + end]
+    return scores
 
 
-def counts_of(folder, stage):
-    """The counts in a stage's manifests, {reason: number}, added up over shards, and their summaries."""
-    manifests = [manifest_path(f) for f in ([f"{folder}/model"] if stage == "model" else parts(f"{folder}/{stage}.jsonl"))]
-    manifests, total = [load_json(m) for m in manifests if os.path.exists(m)], {}
-    for key, n in ((key, n) for m in manifests for key, n in m.get("counts", {}).items()):
-        total[key] = total.get(key, 0) + n
-    return total, [m["summary"] for m in manifests if m.get("summary")]
+def read_all_scores(folder):
+    """{Source: scores} of all benchmarks of an iteration."""
+    all_scores = {}
+    for path in sorted(glob.glob(f"{glob.escape(folder)}/*.json")):
+        scores = read_scores(path)
+        if scores is None:
+            continue
+
+        # two files of one judge would overwrite each other
+        bench = str(scores["bench"]).translate(CONTROL)
+        judge = str(scores["judge"]).translate(CONTROL)
+        if (bench, judge) in all_scores:
+            raise InputError(
+                f"{path}: {bench} by {judge} is in another file of this iteration too; keep one"
+            )
+        all_scores[Source(bench, judge)] = scores
+    return all_scores
 
 
-def load(run, k):
-    """A run's recipe, all its settings, its iterations, and its colour and mark as the k-th one."""
-    iterations, path = {}, os.path.join(run, "recipe.py")
-    for folder in glob.glob(os.path.join(glob.escape(run), "iter_*[0-9]")):
-        now = iterations[int(folder.rpartition("iter_")[2])] = {"scores": {}, "steps": [], "answers": {}}
-        for file in sorted(glob.glob(f"{glob.escape(folder)}/*.json")):
-            row = scores(file)
-            if row:
-                key = tuple(str(row[k]).translate(CONTROL) for k in ("bench", "judge"))
-                key not in now["scores"] or sys.exit(f"{file}: {key[0]} by {key[1]} is in another file of this iteration too; keep one")
-                now["scores"][key] = row
-        if os.path.exists(f"{folder}/model/metrics.jsonl"):
-            now["steps"] = steps = [s for _, s in read_records(f"{folder}/model/metrics.jsonl", "pairs", *TRAINED)]
-            now["scores"][TRAINING] = {k: sum(s[k] * s["pairs"] for s in steps) / sum(s["pairs"] for s in steps) for k in TRAINED if steps}
-        if parts(f"{folder}/answers.jsonl"):
-            now["answers"] = {r["id"]: r for _, r in read_candidates(f"{folder}/answers.jsonl") if r["responses"]}
-        now["responses"], now["margins"], now["texts"] = read_pairs(folder)
-        now["counts"], now["summary"] = {s: counts_of(folder, s)[0] for s in STAGES}, counts_of(folder, "pairs")[1]
-    any(now["scores"] for now in iterations.values()) or sys.exit(f"{run}: no iter_*/eval.json in it; has iterate.sh evaluated an iteration?")
-    recipe = {k: v for k, (v, *_) in literals(path).items()} if os.path.exists(path) else {}
-    return {"recipe": recipe, "settings": {k: v for script in SCRIPTS for k, (v, *_) in declared(script).items()} | recipe,
-            "iterations": dict(sorted(iterations.items())), "look": {"color": COLORS[k % len(COLORS)], "marker": list(MARKS)[k % len(MARKS)]}}
+def mean_over_pairs(steps, field):
+    """Mean of a field of training steps, each a mean over its own number of pairs."""
+    return sum(step[field] * step["pairs"] for step in steps) / sum(step["pairs"] for step in steps)
 
 
-def everyone(runs):
+def read_responses(folder):
+    """Length in tokens and log-prob of an iteration's responses (n, 2), and {key: log-prob}.
+
+    Log-probs are the sampling policy's, which is the iteration's reference. The key is
+    response_key's, by which pairs find them.
+    """
+    path = f"{folder}/candidates.jsonl"
+    responses = []
+    logps = {}
+    if finished_files(path):
+        for _, row in read_candidates(path):
+            for response in row["responses"]:
+                if response.get("ids") and is_number(response.get("logp")):
+                    responses.append((len(response["ids"]), response["logp"]))
+                    logps[response_key(row["id"], response["ids"])] = response["logp"]
+    return np.array(responses).reshape(-1, 2), logps
+
+
+def response_key(prompt_id, ids):
+    # a hash, because the ids of 100,000 responses would fill the memory
+    return str(prompt_id), hash(tuple(ids))
+
+
+def read_pairs(folder, logps):
+    """An iteration's pairs as numbers and as texts.
+
+    margins (m, 4): tokens chosen minus rejected, s_ref, log-probs of chosen and of rejected, of
+    the pairs whose responses have a log-prob. texts: [chosen, rejected] of every pair.
+    """
+    path = f"{folder}/pairs.jsonl"
+    margins = []
+    texts = []
+    if finished_files(path):
+        for place, row in read_records(path, "chosen", "rejected"):
+            texts.append([last_message(place, row, "chosen"), last_message(place, row, "rejected")])
+            chosen_ids = row.get("chosen_ids") or ()
+            rejected_ids = row.get("rejected_ids") or ()
+            logp_w = logps.get(response_key(row.get("id"), chosen_ids))
+            logp_l = logps.get(response_key(row.get("id"), rejected_ids))
+            if logp_w is not None and logp_l is not None:
+                longer = len(chosen_ids) - len(rejected_ids)
+                margins.append((longer, logp_w - logp_l, logp_w, logp_l))
+    return np.array(margins).reshape(-1, 4), texts
+
+
+def last_message(place, row, field):
+    """The text of a response, which is a text or a list of messages; place: where the row is."""
+    messages = as_messages(row[field])
+    if not messages:
+        raise InputError(f"{place}: '{field}' has to be a text or a list of messages")
+    return messages[-1]["content"]
+
+
+def read_manifests(folder, stage):
+    """The manifests of a stage of an iteration, one per shard."""
+    if stage == "model":
+        outputs = [f"{folder}/model"]
+    else:
+        outputs = finished_files(f"{folder}/{stage}.jsonl")
+    paths = [manifest_path(output) for output in outputs]
+    return [load_json(path) for path in paths if os.path.exists(path)]
+
+
+def add_counts(manifests):
+    """{reason: number}, added up over the shards of a stage."""
+    total = collections.Counter()
+    for manifest in manifests:
+        total.update(manifest.get("counts", {}))
+    return total
+
+
+def load_iteration(folder):
+    """What the files of an iteration's folder say:
+
+    scores     {Source: {field: value}} of benchmarks, and means over the training pairs
+    steps      records of training, one per step
+    answers    {id: record} of the evaluated answers
+    responses  (n, 2), see read_responses
+    margins    (m, 4), see read_pairs; texts: [chosen, rejected] of all pairs
+    counts     {stage: {reason: number}}, added up over shards
+    summaries  what rank.py says of the pairs, one per shard
+    """
+    # training: means over its pairs stand beside the scores of benchmarks
+    scores = read_all_scores(folder)
+    steps = []
+    metrics = f"{folder}/model/metrics.jsonl"
+    if os.path.exists(metrics):
+        steps = [step for _, step in read_records(metrics, "pairs", *TRAINED)]
+        scores[TRAINING] = {field: mean_over_pairs(steps, field) for field in TRAINED if steps}
+
+    # texts and log-probs
+    answers = {}
+    if finished_files(f"{folder}/answers.jsonl"):
+        for _, row in read_candidates(f"{folder}/answers.jsonl"):
+            if row["responses"]:
+                answers[row["id"]] = row
+
+    responses, logps = read_responses(folder)
+    margins, texts = read_pairs(folder, logps)
+
+    # what the stages counted
+    manifests = {stage: read_manifests(folder, stage) for stage in STAGES}
+
+    return {
+        "scores": scores,
+        "steps": steps,
+        "answers": answers,
+        "responses": responses,
+        "margins": margins,
+        "texts": texts,
+        "counts": {stage: add_counts(manifests[stage]) for stage in STAGES},
+        "summaries": [m["summary"] for m in manifests["pairs"] if m.get("summary")],
+    }
+
+
+# ---- runs ----
+
+
+def load_iterations(run_dir):
+    """{t: iteration} of a run, in order; raises InputError if none has scores."""
+    iterations = {}
+    for folder in glob.glob(os.path.join(glob.escape(run_dir), "iter_*[0-9]")):
+        t = int(folder.rpartition("iter_")[2])
+        iterations[t] = load_iteration(folder)
+    if not any(iteration["scores"] for iteration in iterations.values()):
+        raise InputError(
+            f"{run_dir}: no iter_*/eval.json in it; has iterate.sh evaluated an iteration?"
+        )
+    return dict(sorted(iterations.items()))
+
+
+def load_run(run_dir, recipe, defaults):
+    """A run; recipe: the settings that it set, defaults: those of all scripts."""
+    return {
+        "recipe": recipe,
+        "settings": defaults | recipe,
+        "iterations": load_iterations(run_dir),
+    }
+
+
+def all_iterations(runs):
     """(name, t, iteration) of all iterations of all runs."""
-    return [(name, t, now) for name, run in runs.items() for t, now in run["iterations"].items()]
+    rows = []
+    for name, run in runs.items():
+        for t, iteration in run["iterations"].items():
+            rows.append((name, t, iteration))
+    return rows
 
 
 def columns(runs):
-    """The table's columns as ((bench, judge), field), those in which some iteration has a number."""
-    found = {}
-    for key, row in ((key, row) for *_, now in everyone(runs) for key, row in now["scores"].items()):
-        fields = [f for f in row if number(row, f) is not None and f not in ("n", "invalid")]
-        found.setdefault(key, set()).update([f for f in FIELDS if f in fields] or fields)     # a bench with names of its own shows all of them
-    order = sorted(found, key=lambda key: (key == TRAINING, key[0] != "win_rate", key))
-    return [(key, f) for key in order for f in [*FIELDS, *sorted(found[key] - FIELDS.keys())] if f in found[key]]
+    """The table's columns, those in which some iteration has a number."""
+    fields = {}
+    for _, _, iteration in all_iterations(runs):
+        for source, row in iteration["scores"].items():
+            numeric = {field for field, value in row.items() if is_number(value)}
+            numeric -= {"n", "invalid"}
+            # a benchmark with names of its own shows all of them
+            fields.setdefault(source, set()).update(numeric & FIELDS.keys() or numeric)
+
+    # our own evaluation stands first, training last
+    def position(source):
+        return source == TRAINING, source.bench != "win_rate", source
+
+    found = []
+    for source in sorted(fields, key=position):
+        order = [*FIELDS, *sorted(fields[source] - FIELDS.keys())]
+        found += [Column(source, field) for field in order if field in fields[source]]
+    return found
 
 
-def title(field):
-    return FIELDS.get(field, (field,))[0]
-
-
-def show(row, field):
-    """A number as the table prints it, "-" where there is none."""
-    spec = FIELDS.get(field, (field, ".2f"))[1]
-    return "-" if number(row, field) is None else format(row[field], spec.rstrip("%")) + "%" * spec.endswith("%")
-
-
-def judges(runs):
-    """{(bench, judge): a line that says who, when, on how many prompts, and how many replies could not be read}."""
+def judge_lines(runs):
+    """{Source: line}: who judged, when, how many prompts, how many replies could not be read."""
+    sources = dict.fromkeys(c.source for c in columns(runs) if c.source != TRAINING)
     lines = {}
-    for n, key in enumerate(dict.fromkeys(k for k, _ in columns(runs) if k != TRAINING), 1):
-        rows = {f"{name} t = {t}": now["scores"][key] for name, t, now in everyone(runs) if key in now["scores"]}
-        dates, ns = (sorted({str(r.get(k, "-")) for r in rows.values()}) for k in ("date", "n"))
-        dates, none = " to ".join(dict.fromkeys([dates[0], dates[-1]])), "0" if any("invalid" in r for r in rows.values()) else "-"
-        lost = ", ".join(f"{r['invalid']} ({at})" for at, r in rows.items() if r.get("invalid")) or none
-        lines[key] = f"[{n}] {key[0]}, judge: {key[1]}; date {dates}; n {', '.join(ns)}; invalid replies: {lost}"
+    for number, source in enumerate(sources, 1):
+        scores = {}
+        for name, t, iteration in all_iterations(runs):
+            if source in iteration["scores"]:
+                scores[f"{name} t = {t}"] = iteration["scores"][source]
+        lines[source] = f"[{number}] " + judge_line(source, scores)
     return lines
 
 
+def judge_line(source, scores):
+    """The line of one judge; scores: {"run t = 1": what it says of an iteration}."""
+    dates = sorted({str(row.get("date", "-")) for row in scores.values()})
+    date = dates[0]
+    if dates[-1] != dates[0]:
+        date = f"{dates[0]} to {dates[-1]}"
+    n = sorted({str(row.get("n", "-")) for row in scores.values()})
+
+    # replies that could not be read, where somebody counted them
+    invalid = [f"{row['invalid']} ({at})" for at, row in scores.items() if row.get("invalid")]
+    if not invalid:
+        invalid = ["0"] if any("invalid" in row for row in scores.values()) else ["-"]
+
+    return (
+        f"{source.bench}, judge: {source.judge}; date {date}; n {', '.join(n)}; "
+        f"invalid replies: {', '.join(invalid)}"
+    )
