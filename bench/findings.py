@@ -24,7 +24,7 @@ from warm import warm
 
 from configurator import run_script
 from nanoaipo.errors import InputError
-from nanoaipo.report.runs import load
+from nanoaipo.report.runs import load_iterations
 
 OUT = "out/findings"
 DOCS = "docs"
@@ -306,8 +306,7 @@ def draw_rewards():
 
 def draw_margins():
     """Fig. 5 and 6 from a run of DPO: the figure's line and both correlations."""
-    run = load(f"{OUT}/{run_name('DPO', SEEDS[0])}", 0)
-    iterations = run["iterations"].values()
+    iterations = load_iterations(f"{OUT}/{run_name('DPO', SEEDS[0])}").values()
     responses = np.concatenate([iteration["responses"] for iteration in iterations])  # (n, 2)
     pairs = np.concatenate([iteration["margins"] for iteration in iterations])[:, :2]  # (m, 2)
 
