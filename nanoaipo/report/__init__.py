@@ -1,0 +1,1 @@
+"""Table, figures and report.html of runs: `python -m nanoaipo.report out/RUN ...`."""
