@@ -237,7 +237,7 @@ def test_an_input_belongs_to_its_instruction_and_the_last_answer_is_no_prompt(tm
     assert read[4]["id"] == "7"
 
     path.write_text(json.dumps({"chosen": "Human: a Assistant: b"}))
-    with pytest.raises((InputError, SystemExit), match="p.jsonl:1: 'chosen' has to be"):
+    with pytest.raises(InputError, match="p.jsonl:1: 'chosen' has to be"):
         prompts.read_prompts(str(path))
 
 
