@@ -6,13 +6,15 @@ those tokens in nats (AIPO 2409.08845, Eq. 5 and 9):
 
     logp_w, logp_l  under the policy        s_theta = logp_w - logp_l   margin of the policy
     ref_w, ref_l    under the reference     s_ref   = ref_w - ref_l     margin of the reference
-    r_w, r_l        log-ratios, beta * r    s       = s_theta - s_ref   what DPO looks at
-                    is the implicit reward  n       = r_w / len_w - r_l / len_l
-    avg_w, avg_l    per-token averages      nll     = -avg_w
-    z, p = sig(z)   log-odds and probability that chosen beats rejected; without z labels are
-                    hard, p = 1
+    r_w = logp_w - ref_w, r_l likewise      s       = s_theta - s_ref   what DPO looks at
+    avg_w = logp_w / len_w, avg_l likewise  n       = r_w / len_w - r_l / len_l
+                                            nll     = -avg_w
+
+    z, p = sig(z)   log-odds and probability that chosen beats rejected; without z, p = 1
     q_w, q_l        win rate against all candidates (SPPO)
     g_w, g_l        scalar rewards (REBEL)
+
+beta * r is DPO's implicit reward. p is the label: p = 1 is a hard one.
 """
 
 import contextlib
@@ -139,7 +141,7 @@ OBJECTIVES = dict(
     # regress on the log-odds
     irepo=lambda s, z, *, beta: (beta * s - z) ** 2,                        # 2405.15230 Eq. 16
     rebel=lambda s, g_w, g_l, *, eta: (s - eta * (g_w - g_l)) ** 2,         # 2404.16767
-    # its reference columns come mixed
+    # the paper's reference mixes in the first policy; train.py's is one policy
     inpo=lambda s, *, eta: (s - 1 / (2 * eta)) ** 2,                        # 2407.00617 Eq. 8
 
     # ---- absolute: each response on its own; bco without its running mean, as in TRL 1.x
@@ -173,7 +175,7 @@ def arguments_of(name):
     return symbols, settings
 
 
-def pair_loss(name, margins, *, label_smoothing=0.0, **settings):
+def pair_loss(name, symbols, *, label_smoothing=0.0, **settings):
     """Loss per pair, (B,), of the objective `name`, given `margins(...)` and its settings.
 
     Settings that the objective does not read are ignored. label_smoothing turns p into
@@ -189,8 +191,8 @@ def pair_loss(name, margins, *, label_smoothing=0.0, **settings):
             f"loss '{name}' does not read p, so label_smoothing would be ignored: set it to 0"
         )
 
-    p = (1 - label_smoothing) * margins["p"] + label_smoothing * (1 - margins["p"])
-    symbols = {**margins, "p": p}
+    p = symbols["p"]
+    symbols = symbols | {"p": (1 - label_smoothing) * p + label_smoothing * (1 - p)}
 
     arguments = {}
     for kind, names, source in (
@@ -239,9 +241,9 @@ def wpo_weights(logp, log_squares, lengths):
 
 @contextlib.contextmanager
 def exact_bf16():
-    """On a CPU, make float32 products of values that are bfloat16 anyway up to three times as fast.
+    """Let a CPU multiply float32 values as bfloat16, up to three times as fast.
 
-    The sums are the same.
+    The values were bfloat16 before, so nothing is rounded, and sums are in float32 as always.
     """
     flags = torch.backends.mkldnn.matmul
     before = flags.fp32_precision
@@ -255,7 +257,7 @@ def exact_bf16():
 def chunk_logits(out, hidden, head, softcap):
     """Logits of one chunk, written into `out` (T, V), float32 (float64 from float64).
 
-    Products of bfloat16 are not rounded.
+    From bfloat16 too they are float32, not rounded to bfloat16 first.
     """
     if hidden.dtype == out.dtype:
         torch.mm(hidden, head.T, out=out)
@@ -278,7 +280,7 @@ class LogProb(torch.autograd.Function):
 
     @staticmethod
     def buffers(hidden, weight, labels, chunk):
-        """The head as chunk_logits wants it, and room for the logits of a chunk."""
+        """The head as chunk_logits wants it (wide on a CPU), and room for the logits of a chunk."""
         wide = torch.promote_types(weight.dtype, torch.float32)
         head = weight
         if not weight.is_cuda:
