@@ -71,18 +71,18 @@ epochs = 1                      # passes over the pairs
 batch_size = 256                # pairs per optimizer step, over all processes (AIPO: 256)
 max_steps = 0                   # stop after that many steps; 0: all
 shuffle = True                  # draw the pairs in random order; False keeps the file's
-seed = 0                        # of that order
+seed = 0                        # of that order, and of LoRA's first weights
 max_length = 2560               # tokens of prompt + response; longer pairs are dropped, never cut
-tokens_per_microbatch = 8192    # tokens one process computes at once; batch_size is apart from it
+tokens_per_microbatch = 8192    # tokens one process computes at once; does not change batch_size
 dtype = "bfloat16"              # of computation and saved weights; master weights are float32
 recompute = True                # compute activations again in backward: slower, far less memory
-gather_chunk = 1024             # tokens whose logits exist at once; a whole micro-batch's are kept
+gather_chunk = 1024             # response tokens whose logits exist at once; kept if these are all
 compile = False                 # torch.compile each layer: minutes at the start, then faster
 shard_size = 0                  # processes that share one copy of the weights; 0: all
 lora_rank = 0                   # above 0: train LoRA adapters on all linear layers, saved merged
 lora_alpha = 16.0               # the adapter counts lora_alpha / lora_rank
 checkpoint_every = 50           # steps between checkpoints, each 12 bytes a parameter; 0: none
-keep_checkpoints = 2            # how many; the newest may be broken by what ended the run
+keep_checkpoints = 2            # how many stay; what ended the run may have broken the newest
 reference_cache = ""            # file of reference log-probs, made or reused; empty: in out
 wandb = False                   # log to Weights & Biases too, where that package is installed
 # fmt: on
@@ -91,7 +91,7 @@ config = configure(globals())
 SCHEDULES = ("cosine", "linear", "constant")
 
 
-# ---------------------------------------------------------------------------- before torch
+# ---------------------------------------------------------------------------- checks and the plan
 
 
 def check_settings():
@@ -118,10 +118,10 @@ def check_settings():
             raise InputError(f"--{key}: pip install {package} first")
 
 
-def label_columns(records, symbols):
+def label_columns(records, symbol_names):
     """{name: a number per pair}: columns that every pair carries and that objectives may read.
 
-    Without soft_labels, z is left out unless the objective regresses on it: labels are hard.
+    Without soft_labels labels are hard, so z is left out unless the objective itself reads it.
     """
     columns = {}
     for name in ("z", "q_w", "q_l", "g_w", "g_l"):
@@ -130,13 +130,13 @@ def label_columns(records, symbols):
             columns[name] = [float(value) for value in values]
     if soft_labels and "z" not in columns:
         raise InputError(f"--soft_labels=True: not every pair of {pairs} carries z, the label")
-    if not soft_labels and "z" not in symbols:
+    if not soft_labels and "z" not in symbol_names:
         columns.pop("z", None)
     return columns
 
 
-def plan_steps(lengths):
-    """Which process computes which pairs when, fixed before the first step.
+def plan_steps(n_tokens):
+    """Which process computes which pairs when, fixed before the first step; n_tokens: of each pair.
 
     A list of steps. A step is a list of micro-batches, a micro-batch a list of indices of pairs
     for each process.
@@ -146,13 +146,16 @@ def plan_steps(lengths):
     steps = []
     rng = random.Random(seed)
     for _ in range(epochs):
-        order = list(range(len(lengths)))
+        order = list(range(len(n_tokens)))
         if shuffle:
             rng.shuffle(order)
-        steps += plan(lengths, order, batch_size, WORLD_SIZE, tokens_per_microbatch)
+        steps += plan(n_tokens, order, batch_size, WORLD_SIZE, tokens_per_microbatch)
     if max_steps:
         steps = steps[:max_steps]
     return steps
+
+
+# ---------------------------------------------------------------------------- schedule and log
 
 
 def lr_at(step, n_steps):
@@ -216,10 +219,10 @@ def step_line(r, n_steps):
 
 
 def reference_pass(forward, policy, micro_batches, manifest, output_dir, device):
-    """(reference log-probs of chosen and rejected, (pairs, 2), where they come from).
+    """Log-probs of chosen and rejected under the reference, (pairs, 2), and a text: their source.
 
     The reference is the policy itself before its first step: same code, same layout, no second
-    model. They are computed once and kept in a file.
+    model. Its log-probs are computed once and kept in a file.
     """
     import torch
     import torch.distributed as dist
@@ -229,7 +232,7 @@ def reference_pass(forward, policy, micro_batches, manifest, output_dir, device)
     t0 = time.time()
     cache = reference_cache or os.path.join(output_dir, "reference.logps")
     os.makedirs(os.path.dirname(cache) or ".", exist_ok=True)
-    made_from = json.dumps(
+    made_from = json.dumps(  # what the numbers and the order of their rows depend on
         [manifest["inputs"], dtype, max_length, ld_alpha, manifest["versions"]], sort_keys=True
     )
     needed = [i for micro_batch in micro_batches for pair_ids in micro_batch for i in pair_ids]
@@ -243,7 +246,7 @@ def reference_pass(forward, policy, micro_batches, manifest, output_dir, device)
             pair_ids = micro_batch[RANK]
             logp_w, logp_l, *_ = forward(pair_ids)
             reference[pair_ids] = torch.stack([logp_w, logp_l], 1)  # (B, 2)
-    policy.reshard()  # without gradient the root stays gathered, and would not move
+    policy.reshard()  # without backward the root stays gathered: steps would not reach it
     dist.all_reduce(reference)  # each process filled the rows of its own pairs
     save_reference(cache, made_from, reference)
     return reference, f"in {time.time() - t0:.1f} s"
@@ -366,7 +369,7 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
     ]
     steps = plan_steps(n_tokens)
 
-    # ---- reference log-probs, (pairs, 2)
+    # ---- reference log-probs, (pairs, 2): one epoch has every pair that will be trained on
     output_dir = final_dir + ".tmp"
     os.makedirs(output_dir, exist_ok=True)
     n_steps_per_epoch = math.ceil(len(records) / batch_size)
