@@ -3,12 +3,12 @@
     python rank.py config/aipo_nemo.py --candidates=candidates.jsonl --out=pairs.jsonl
     torchrun --nproc-per-node=8 rank.py ...    8 GPUs, each its share of the prompts, 8 shards
 
-Empty, unfinished and too long responses are left out first, then those a judge gave no readable
-score. What is left is ranked, equal texts once, and the pair rule chooses among distinct texts. A
-prompt gives no pair when fewer than two responses are left, when all of them are the same text, or
-when their scores tie; a pair is dropped when its scores are closer than min_gap or its chosen
-response holds a URL. The manifest counts each case. Candidates from elsewhere may be bare texts:
-{"prompt": ..., "responses": [...]}.
+Empty, unfinished and too long responses are left out. The others are ranked, equal texts once, and
+those whose score from a judge is not readable are left out too. The pair rule chooses among the
+distinct texts. A prompt gives no pair when fewer than two responses are left, when all of them are
+the same text, or when their scores tie; a pair is dropped when its scores are closer than min_gap
+or its chosen response holds a URL. The manifest counts each case. Candidates from elsewhere may be
+bare texts: {"prompt": ..., "responses": [...]}.
 """
 
 import collections
@@ -51,10 +51,10 @@ judge_votes = 3                         # replies to every question (Self-Reward
 judge_temperature = 0.7                 # of the judge's replies (ours)
 judge_tokens = 512                      # longest reply of the judge
 judge_concurrency = 16                  # requests under way at once, of each process
-annotator_votes = 9                     # of each, split by its probability; 0: one, for its first
+annotator_votes = 9                     # of each on two texts, split by its probability; 0: one
 pseudo_count = 0.5                      # added to every count of votes before Bradley-Terry's fit
 engine = "auto"                         # vllm, transformers, or auto: vllm where it is installed
-dtype = "bfloat16"                      # of the computation; float32 on CPUs
+dtype = "bfloat16"                      # of the computation; take float32 on CPUs
 generate_rows = 512                     # responses sampled at once (transformers)
 tensor_parallel = 1                     # GPUs per engine (vllm)
 gpu_memory = 0.9                        # share of a GPU's memory the engine may take (vllm)
@@ -88,15 +88,16 @@ def why_left_out(response, drop_unfinished, max_response_tokens):
 
 
 def read_competitors(path, counts, *, drop_unfinished, max_response_tokens, **_):
-    """This process's prompts, each a record without `responses`, and the responses that compete.
+    """[(record without `responses`, the responses that compete)] of this process's prompts.
 
-    Counts the others by their reason. Raises InputError where no process has a prompt.
+    Counts the other responses by their reason. Raises InputError where no process has a prompt.
     """
     competitors = []
     n_prompts = 0
     for _, row in read_candidates(path):
+        is_mine = n_prompts % WORLD_SIZE == RANK
         n_prompts += 1
-        if (n_prompts - 1) % WORLD_SIZE != RANK:
+        if not is_mine:
             continue
         competing = []
         for response in row.pop("responses"):
@@ -176,9 +177,9 @@ def first_of_each_text(responses):
 
 
 def score_responses(responses, rewards, odds):
-    """Scores (N,) and odds (N, N) of all responses, from those of their distinct texts; float64.
+    """Scores (N,) and log-odds (N, N) of all responses, from those of their distinct texts.
 
-    A text counts as often as it was sampled.
+    Both are float64. A text counts as often as it was sampled.
     """
     texts = list(first_of_each_text(responses))
     index = [texts.index(response["text"]) for response in responses]
@@ -217,10 +218,10 @@ def pair_record(row, chosen, rejected, has_ids):
 def pairs_of(
     row, responses, rewards, odds, counts, *, pair_rule, min_gap, drop_url, seed, **settings
 ):
-    """Yield the pairs of one prompt by the rule, and count why there is none, or one less.
+    """Yield the pairs of one prompt by the rule; count why it gives none, or why a pair is dropped.
 
-    responses: those that compete. rewards (N,) or None, and odds (N, N): the ranker's, of their
-    distinct texts in order of appearance. settings: what the rules ask for.
+    responses: those that compete. rewards (N,) or None, and odds (N, N), which are log-odds: the
+    ranker's, of the distinct texts in order of appearance. settings: what the rules ask for.
     """
     scores, odds = score_responses(responses, rewards, odds)
 
@@ -406,7 +407,7 @@ def main():
         pairs += pairs_of(row, responses, rewards, odds, counts, **settings)
     counts["pairs"] = len(pairs)
     counted = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
-    if not pairs and WORLD_SIZE == 1:
+    if not pairs and WORLD_SIZE == 1:  # of several processes another may have some
         raise InputError(f"{candidates}: not one pair; {counted}")
 
     # one file, or this process's shard of it
