@@ -35,7 +35,7 @@ bench = "win_rate"                      # win_rate (any prompts), alpaca_eval, m
 answers = ""                            # answers to evaluate: candidates, or a benchmark's answers
 baseline = ""                           # answers to compare with; in the loop the first policy's
 out = ""                                # scores to write (JSON)
-eval_ranker = "pairrm"                  # win_rate: who judges (rankers.py), best not the ranker
+eval_ranker = "pairrm"                  # win_rate: who judges; better not the ranker of the pairs
 eval_ranker_model = "llm-blender/PairRM"     # folder or hub name, or a model at judge_url (judge)
 rank_batch_tokens = 4096                # tokens computed at once (pairrm, reward); a GPU takes more
 judgments = ""                          # in the official format; a judge_model writes them first
@@ -47,7 +47,7 @@ bench_data = ""                         # folder with the benchmark's own prompt
 lc_data = ""                            # folder with AlpacaEval's df_gamed.csv; empty: from the hub
 answer_name = ""                        # the model to score, where a file holds several
 engine = "auto"                         # of a judge here: vllm, transformers, or auto
-dtype = "bfloat16"                      # of the computation; float32 on CPUs
+dtype = "bfloat16"                      # of the computation; take float32 on CPUs
 generate_rows = 512                     # replies sampled at once (transformers)
 tensor_parallel = 1                     # GPUs per engine (vllm)
 gpu_memory = 0.9                        # share of a GPU's memory the engine may take (vllm)
@@ -99,15 +99,16 @@ def join_answers(answers, baseline):
     if not ours:
         raise InputError(f"{answers}: no answers in it")
     theirs = first_responses(baseline)
-    missing = [name for name in ours if name not in theirs]
+    missing = [prompt_id for prompt_id in ours if prompt_id not in theirs]
     if missing:
         raise InputError(
             f"{baseline}: no answer to {len(missing)} of the prompts in {answers}, "
             f"such as '{missing[0]}'"
         )
     prompts = [prompt for prompt, _ in ours.values()]
-    responses = [response for _, response in ours.values()]
-    return prompts, responses, [theirs[name][1] for name in ours]
+    our_responses = [response for _, response in ours.values()]
+    their_responses = [theirs[prompt_id][1] for prompt_id in ours]
+    return prompts, our_responses, their_responses
 
 
 def first_responses(path):
@@ -157,7 +158,7 @@ def outcome(log_odds):
 
 
 def score_answers(prompts, ours, theirs, won):
-    """All scores of our answers, with intervals; won (N,) as above."""
+    """All scores of our answers, with intervals; won (N,) as judge_answers gives it."""
     judged = won[~np.isnan(won)]
     if len(judged) == 0:
         raise InputError(f"--eval_ranker={eval_ranker}: not one readable verdict")
@@ -209,9 +210,10 @@ def evaluate_benchmark():
             raise InputError("--answers is not set: what the judge_model shall judge")
         ask_for_judgments(BENCHMARKS[bench])
 
-    own = ("bench", "answer_name", "judgments", "answers", "baseline", "lc_data")
+    # the scores depend on these settings alone
+    used = ("bench", "answer_name", "judgments", "answers", "baseline", "lc_data")
     inputs = [key for key in ("answers", "baseline", "lc_data") if config[key]]
-    settings = {key: config[key] for key in own}
+    settings = {key: config[key] for key in used}
     manifest = open_stage(out, ".json", settings, "judgments", *inputs)
     if manifest is None:
         return
@@ -220,7 +222,7 @@ def evaluate_benchmark():
         scores = BENCHMARKS[bench].score(
             judgments, answer_name, answers=answers, lc_data=lc_data, baseline=baseline
         )
-    except InputError:
+    except InputError:  # a ValueError that has its message
         raise
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as e:
         reason = f"{type(e).__name__}: {e}"
@@ -244,8 +246,8 @@ def ask_for_judgments(benchmark):
     who = {"model": judge_model}
     if not judge_url:
         who |= {"weights": fingerprint(judge_model), "seed": seed}
-    own = ("bench", "judge_model", "verdict_tokens", "bench_data", "answers", "baseline")
-    settings = {key: config[key] for key in own} | {"judge": who}
+    used = ("bench", "judge_model", "verdict_tokens", "bench_data", "answers", "baseline")
+    settings = {key: config[key] for key in used} | {"judge": who}
     inputs = [key for key in ("answers", "baseline") if config[key]]
     manifest = open_stage(judgments, suffix, settings, *inputs)
     if manifest is None:

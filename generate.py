@@ -34,7 +34,7 @@ task = "candidates"                     # candidates; instructions: new prompts;
 model = ""                              # policy: folder or hub name; name at engine_url (openai)
 prompts = ""                            # JSONL, a JSON array, or NAME:SPLIT of a dataset on the hub
 prompt_field = ""                       # column; else prompt, messages, instruction, turns, chosen
-n_prompts = 0                           # to take (to write), others at every iteration; 0: all
+n_prompts = 0                           # prompts to take (or write), others each iteration; 0: all
 iteration = 0                           # t; chooses the prompts and enters the seeds
 out = ""                                # candidates or prompts file to write (JSONL)
 engine = "auto"                         # vllm, transformers, openai; auto: vllm where installed
@@ -53,7 +53,7 @@ instruction_unfit = (r"\b(images?|graphs?|pictures?|files?|maps?|draw|plot|go to
                      r"|^(write a program|detailed instructions:|task definition:|"
                      r"[^\w\s]|[^\x00-\x7f])")   # regex of what is dropped (AIPO)
 instruction_similarity = 0.7            # three-word Jaccard index that makes two one; 0: off (AIPO)
-dtype = "bfloat16"                      # of the computation; float32 on CPUs
+dtype = "bfloat16"                      # of the computation; take float32 on CPUs
 seed = 0                                # of the run
 block = 2048                            # prompts sampled and kept at once; a kill costs one block
 generate_rows = 512                     # responses sampled at once (transformers)
@@ -67,9 +67,10 @@ config = configure(globals())
 
 
 def read_pool(tokenizer, room):
-    """(Prompts that fit into max_prompt_tokens and `room`, with prompt_ids; counts of the dropped).
+    """The prompts that fit, with their prompt_ids, and counts of the dropped (`prompts` still 0).
 
-    room: tokens that a prompt may take. Raises InputError when no prompt is left.
+    room: tokens that the model's context leaves for a prompt; max_prompt_tokens is a limit too.
+    Raises InputError when no prompt is left.
     """
     counts = {"prompts": 0, "control_text": 0, "too_long": 0, "too_short": 0}
     control = control_pattern(tokenizer)
@@ -108,7 +109,7 @@ def read_pool(tokenizer, room):
 
 
 def take_share(pool):
-    """This process's share of the iteration's prompts, others at each until all are used up."""
+    """This process's share of the iteration's prompts; none comes twice before all were used."""
     if n_prompts:
         # one order for the whole run; an iteration starts where the one before has ended
         random.Random(seed).shuffle(pool)
@@ -122,7 +123,7 @@ def take_share(pool):
 
 
 def start_engine(eos_ids, max_tokens):
-    """The policy's `sample`; max_tokens: of the longest prompt and response together."""
+    """The function that samples from the policy; max_tokens: of prompt and response together."""
     return load_engine(
         engine,
         model,
@@ -180,10 +181,10 @@ def candidates(manifest):
 
 
 def candidates_from_endpoint(manifest):
-    """n_responses to each prompt, as text; the model's server knows its limits: none is dropped."""
+    """n_responses to each prompt, as text. No prompt is dropped: the server knows its limits."""
     pool = read_prompts(prompts, prompt_field)
     for row in pool:
-        row.pop("prompt_ids", None)  # another model's
+        row.pop("prompt_ids", None)  # they would be another model's
     rows = take_share(pool)
 
     respond = functools.partial(
@@ -266,8 +267,8 @@ def check_settings():
             f"--instruction_similarity={instruction_similarity}: has to be between 0 and 1"
         )
 
-    is_url = engine_url and "@" not in engine_url
-    if engine == "openai" and (task != "candidates" or not is_url):
+    url_is_fit = engine_url and "@" not in engine_url
+    if engine == "openai" and (task != "candidates" or not url_is_fit):
         raise InputError(
             "--engine=openai: writes candidates, wants --engine_url without user or key in it "
             "(OPENAI_API_KEY)"
@@ -284,7 +285,7 @@ def main():
     else:
         TASKS[task](manifest)
 
-    if task == "answers":  # of a complete file too: a kill may have come between
+    if task == "answers":  # for a complete file too, as a kill may come between it and these
         name = answer_name or os.path.basename(model.rstrip("/"))
         write_official_files(out, name)
 
