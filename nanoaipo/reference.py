@@ -4,7 +4,6 @@ It carries what it was made from, so that a file of another model, dtype or vers
 pairs, is recognised.
 """
 
-import contextlib
 import os
 
 import torch
@@ -17,13 +16,17 @@ from nanoaipo.processes import RANK, print0
 
 def read_cache(path, made_from, pair_ids):
     """The tensor in the file, or None if it cannot serve for the pairs with these indices."""
-    with contextlib.suppress(SafetensorError), safe_open(path, "pt") as f:
-        metadata = f.metadata() or {}
-        if metadata.get("made_from") == made_from:
+    try:
+        with safe_open(path, "pt") as f:
+            metadata = f.metadata() or {}
+            if metadata.get("made_from") != made_from:
+                return None
             reference = f.get_tensor("reference")  # (pairs, 2)
-            if reference[pair_ids].all():  # 0 stands for a pair that was not computed
-                return reference
-    return None
+    except SafetensorError:
+        return None
+    if not reference[pair_ids].all():  # 0 stands for a pair that was not computed
+        return None
+    return reference
 
 
 def load_reference(path, made_from, pair_ids, device):
