@@ -48,8 +48,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 def literals(path, stop=None):
     """The assignments `name = literal` of a file, as {name: (value, line number, comment)}.
 
-    Reading ends at the first assignment whose value calls `stop`. Without `stop` the file is a
-    recipe: raises InputError, which names the line, for anything but docstrings and assignments.
+    With `stop` the file is a script: reading ends at the first assignment whose value contains that
+    text, and other statements are passed over. Without it the file is a recipe: raises InputError,
+    which names the line, for anything but docstrings and assignments.
     """
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such recipe")
@@ -114,7 +115,7 @@ def cast(where, key, value, default):
 
     Raises InputError for anything else.
     """
-    # text, as the command line has it, to the type; what cannot be read is None
+    # parse text, which is all that the command line has; None stands for what cannot be read
     kind = type(default)
     if kind is bool and isinstance(value, str):
         value = {"true": True, "false": False}.get(value.lower())
@@ -188,7 +189,7 @@ def configure(namespace):
     changed = {key: value for key, value in changed.items() if key in own}  # not other scripts'
     namespace.update(changed)
 
-    # say what is not a default, once for all processes
+    # print what recipe and command line set, once for all processes
     if os.environ.get("RANK", "0") == "0":
         script = os.path.basename(namespace["__file__"])
         settings = " ".join(f"{key}={value}" for key, value in changed.items())
@@ -208,7 +209,7 @@ def run_script(main):
 
 
 def resolve(arguments, every):
-    """(What recipe and command line set, the run's folder) of a run of iterate.sh, checked.
+    """What recipe and command line set for a run of iterate.sh, checked, and the run's folder.
 
     Nothing is written. Raises InputError if a setting is wrong or is not what the run was started
     with.
