@@ -24,7 +24,7 @@ from nanoaipo.errors import InputError
 
 
 def batches_by_length(lengths, budget):
-    """Yield lists of indices, longest first.
+    """Yield lists of indices, longest first; the rankers' batches, not the training's.
 
     A list padded to its longest takes `budget` tokens at most, or it is one index alone.
     """
@@ -57,7 +57,7 @@ def plan_step(lengths, batch, world_size, budget):
     longest_first = sorted(batch, key=lambda i: -lengths[i])
     n_tokens = sum(lengths[i] for i in batch)
 
-    # Between as many as the tokens fill, and so many that no process has two pairs in one
+    # At least as many as the tokens fill; at most so many that each holds one pair per process
     most = math.ceil(len(batch) / world_size)
     n_micro_batches = min(most, math.ceil(n_tokens / (budget * world_size)))
     while True:
@@ -66,7 +66,8 @@ def plan_step(lengths, batch, world_size, budget):
             break
         n_micro_batches += 1
 
-    # Neighbours hold about as many tokens, so no process waits long for another
+    # Groups come fullest first, so those of one micro-batch hold about as many tokens each, and no
+    # process waits long for another
     starts = range(0, len(groups), world_size)
     return [groups[start : start + world_size] for start in starts]
 
@@ -158,9 +159,9 @@ def token_ids(buffer):
 def layout(sequences, kernel):
     """What the kernel needs to know of a row, as a dict, and the number of slots S it computes.
 
-    sequences: for each the places of its tokens in the row, tensors that cover the row together; a
-    token of a prompt is in two of them. A slot holds one token of one sequence, or padding. In the
-    example of `pack`, where places 0, 1 and 2 are computed twice:
+    sequences: a tensor for each, the places of its tokens in the row. Together they cover the row,
+    and a token of a prompt is in two of them. A slot holds one token of one sequence, or padding.
+    In the example of `pack`, where places 0, 1 and 2 are computed twice:
 
         packed_sdpa     rows     [[0 1 2 3 4], [0 1 2 5 0]], a list of such (n, L) blocks; the last
                                  0 is padding
@@ -314,7 +315,7 @@ def packed_varlen(
     s_aux=None,
     **_,
 ):
-    """The same by PyTorch's variable-length flash kernel: CUDA, 16 bits.
+    """What packed_sdpa computes, by PyTorch's variable-length flash kernel: CUDA, 16 bits.
 
     Raises InputError for soft-caps and attention sinks, which the kernel does not have.
     """

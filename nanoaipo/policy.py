@@ -1,4 +1,4 @@
-"""The policy that train.py trains: built without memory, sharded, filled and saved by the weight.
+"""The policy that train.py trains: built without memory, sharded, then filled weight by weight.
 
 In the order of a run: build_policy, load_weights, then flops at each step, save_policy at the end.
 LoRA adapters are part of the policy while it trains, and are merged into its weights when saved.
@@ -201,7 +201,7 @@ def load_weights(policy, name, seed=0):
     rng = torch.Generator().manual_seed(seed)
 
     state = {}
-    filled = {}  # by id: a head tied to the embedding is one weight with two names
+    filled = {}  # by id of the parameter: a head tied to the embedding is one with two names
     for key, parameter in policy.lm.named_parameters(remove_duplicate=False):
         if id(parameter) not in filled:
             # FSDP divides the rows of a weight among the processes

@@ -35,7 +35,7 @@ def print0(line):
 def keep_freed_memory():
     """Ask glibc to keep the memory of large tensors for the next ones; elsewhere do nothing.
 
-    By default it gives them back to the system, and fresh pages are slow: a fifth of the time.
+    By default it returns that memory to the system, and fresh pages cost a fifth of training time.
     """
     m_trim_threshold, m_mmap_threshold = -1, -3  # names and numbers of malloc.h
     with contextlib.suppress(AttributeError, OSError):  # another C library
