@@ -2,7 +2,7 @@
 # make test     everything in tests/
 # make vllm     adds vLLM's CPU build to the environment, for --engine=vllm without a GPU
 #
-# Each makes its own environment in .venv first; only python >= 3.11 and make have to be there.
+# Whichever comes first makes the environment in .venv; only python >= 3.11 and make have to be there.
 # On Linux, PyPI's torch is the CUDA build, several gigabytes. PyTorch's own CPU wheels:
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3

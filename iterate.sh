@@ -3,7 +3,7 @@
 #
 #     bash iterate.sh config/x.py [--preflight] [--key=value ...]
 #
-# Each stage is a process of its own (processes > 1: torchrun, on one node), so its memory is back
+# Each stage is a process of its own (processes > 1: torchrun, on one node), so its memory is free
 # when it ends. A stage whose output is there is not run again: interrupt anywhere, run the same
 # command to go on. Settings of the loop: configurator.py.
 set -euo pipefail
@@ -13,11 +13,11 @@ if [[ -z ${VIRTUAL_ENV:-} && -x $here/.venv/bin/python ]]; then
 fi
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 
-if [[ " $* " == *" --preflight "* ]]; then # what the run needs, and no run
+if [[ " $* " == *" --preflight "* ]]; then # print what the run needs, and do not run
   exec python "$here/configurator.py" "$@"
 fi
 
-# The settings become variables of this shell, checked, and are kept as $out/recipe.py.
+# The settings are checked, kept as $out/recipe.py, and become variables of this shell.
 settings=$(python "$here/configurator.py" "$@")
 eval "$settings"
 if ((engines == 0)); then engines=$processes; fi
@@ -31,14 +31,14 @@ stage() {
   "${launcher[@]}" "$here/$1.py" "$out/recipe.py" "${@:3}"
 }
 
-# in_turn "FILE ...": this iteration's file of one or several
+# in_turn "FILE ...": print the file that is this iteration's turn
 in_turn() {
   local files
   read -ra files <<< "$1"
   echo "${files[(t - 1) % ${#files[@]}]}"
 }
 
-# Answer the held-out prompts with the policy, and compare with what iteration 0 answered.
+# Answer the held-out prompts with $policy, and compare with the answers of iteration 0.
 evaluate() {
   if [[ ! $eval_prompts ]]; then return; fi
   stage generate "$engines" --model="$policy" --prompts="$eval_prompts" \
@@ -56,7 +56,7 @@ evaluate
 for ((t = 1; t <= iterations; t++)); do
   iteration_dir=$out/iter_$t
 
-  # new instructions, where the recipe wants them: the policy writes them from its pool of prompts
+  # where the recipe wants new instructions, the policy writes them after the recipe's prompts
   prompts_from=()
   if ((new_instructions)); then
     stage generate "$engines" --task=instructions --n_prompts="$new_instructions" \
