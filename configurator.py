@@ -67,7 +67,8 @@ def literals(path, stop=None):
         if stop and isinstance(node, ast.Assign) and stop in ast.unparse(node.value):
             break  # the settings of a script end here, its code begins
         try:
-            name = node.targets[0].id
+            (target,) = node.targets
+            name = target.id
             value = ast.literal_eval(node.value)
         except (AttributeError, ValueError):  # another statement, or a value that is computed
             is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)

@@ -119,6 +119,13 @@ def test_a_recipe_is_data_not_code(run, tmp_path):
 
     assert code == 1
     assert "bad.py:2: a recipe holds `name = literal` lines only" in text
+
+    # the second name of such a line used to be ignored in silence
+    (tmp_path / "bad.py").write_text("beta = alpha = 0.2\n")
+    code, text = run("bad.py")
+    assert code == 1
+    assert "bad.py:1: a recipe holds `name = literal` lines only" in text
+
     assert run("missing.py") == (1, "missing.py: no such recipe\n")
 
 
