@@ -140,12 +140,21 @@ def read_candidates(path):
 
 
 def responses_of_pair(where, row):
-    """The texts of chosen and rejected, both of which are taken out of the row."""
-    chosen = as_messages(row.pop("chosen", None))
-    rejected = as_messages(row.pop("rejected", None))
-    if not chosen or not rejected:
-        raise InputError(f"{where}: neither 'responses' nor 'chosen' and 'rejected' in it")
-    return [chosen[-1]["content"], rejected[-1]["content"]]
+    """Chosen and rejected as two responses, with their ids where the pair has them.
+
+    Both are taken out of the row: the next ranking may turn them around.
+    """
+    responses = []
+    for side in ("chosen", "rejected"):
+        messages = as_messages(row.pop(side, None))
+        if not messages:
+            raise InputError(f"{where}: neither 'responses' nor 'chosen' and 'rejected' in it")
+        response = {"text": messages[-1]["content"]}
+        ids = row.pop(side + "_ids", None)
+        if ids is not None:
+            response["ids"] = ids
+        responses.append(response)
+    return responses
 
 
 def is_response(value):

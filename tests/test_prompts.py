@@ -4,7 +4,7 @@ import pytest
 from test_files import write_lines
 
 from nanoaipo.errors import InputError
-from nanoaipo.prompts import read_prompts
+from nanoaipo.prompts import read_candidates, read_prompts
 
 
 def contents(rows):
@@ -112,3 +112,15 @@ def test_a_hub_datasets_columns_that_a_row_lacks_are_null_and_not_asked(tmp_path
 def test_what_is_neither_a_file_nor_a_hub_dataset_is_named(tmp_path):
     with pytest.raises(InputError, match="nobody:train: no such file, and no data set NAME:SPLIT"):
         read_prompts(f"{tmp_path}/nobody:train")
+
+
+def test_pairs_that_are_ranked_again_keep_each_texts_own_ids(tmp_path):
+    pair = {"id": "1", "prompt": "x", "prompt_ids": [1], "chosen": "a", "rejected": "b"}
+    pair |= {"chosen_ids": [2, 3], "rejected_ids": [4]}
+    path = write_lines(tmp_path / "pairs.jsonl", pair)
+
+    ((_, row),) = read_candidates(path)
+
+    assert row["responses"] == [{"text": "a", "ids": [2, 3]}, {"text": "b", "ids": [4]}]
+    assert row["prompt_ids"] == [1]
+    assert not row.keys() & {"chosen", "rejected", "chosen_ids", "rejected_ids"}
