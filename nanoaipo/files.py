@@ -183,6 +183,7 @@ def json_line(record):
 
 def write_json(path, value):
     """Write a value as an indented JSON file, which appears under its name when it is whole."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         json.dump(value, f, indent=1, ensure_ascii=False)
         f.write("\n")

@@ -83,3 +83,11 @@ def test_shards_of_one_run_have_to_be_all_there(tmp_path):
     write_lines(tmp_path / "a-00000-of-00002.jsonl", {"k": 0})
     with pytest.raises(InputError, match="shards of runs with 2 and 3 processes"):
         read(tmp_path / "a.jsonl")
+
+
+def test_a_json_file_may_be_written_to_a_new_folder(tmp_path):
+    path = tmp_path / "new" / "folder" / "scores.json"
+
+    files.write_json(str(path), {"n": 1})
+
+    assert json.loads(path.read_text()) == {"n": 1}
