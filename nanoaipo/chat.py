@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 
-from nanoaipo.errors import InputError
+from nanoaipo.errors import InputError, reason_of
 
 
 def as_messages(value, role="user"):
@@ -39,9 +39,9 @@ def load_tokenizer(model, setting="model"):
         # not mistral_common's, which comes with vllm and has no template
         tokenizer = AutoTokenizer.from_pretrained(model, mistral_format=False)
     except (OSError, ValueError) as e:
-        reason = str(e).strip().splitlines()[0]
         raise InputError(
-            f"--{setting}={model}: no model folder and no hub model that can be loaded ({reason})"
+            f"--{setting}={model}: no model folder and no hub model that can be loaded "
+            f"({reason_of(e)})"
         ) from e
     if not tokenizer.chat_template:
         raise InputError(

@@ -19,7 +19,7 @@ import statistics
 from types import SimpleNamespace
 
 from nanoaipo.chat import load_tokenizer, render
-from nanoaipo.errors import InputError
+from nanoaipo.errors import InputError, reason_of
 from nanoaipo.processes import DTYPES, pick_device
 from nanoaipo.prompts import read_prompts
 
@@ -56,10 +56,9 @@ def model_sizes(name, dtype, lora_rank=0):
                 config, dtype=getattr(torch, dtype), attn_implementation="saves_nothing"
             )
     except (OSError, ValueError) as e:
-        reason = str(e).strip().splitlines()[0]
         raise InputError(
             f"--model={name}: no config.json of a folder or hub model "
-            f"that transformers can build ({reason})"
+            f"that transformers can build ({reason_of(e)})"
         ) from e
     lm.train()
     config = config.get_text_config()

@@ -18,7 +18,7 @@ import os
 import re
 import zlib
 
-from nanoaipo.errors import InputError
+from nanoaipo.errors import InputError, reason_of
 from nanoaipo.processes import RANK, WORLD_SIZE
 
 # ---------------------------------------------------------------------------------------- finding
@@ -104,9 +104,8 @@ def read_data_set(path):
     try:
         rows = load_dataset(*name, split=split)
     except Exception as e:  # hub and file errors come in many classes
-        reason = str(e).strip().splitlines()[0]
         raise InputError(
-            f"{path}: no such file, and no data set NAME:SPLIT that can be loaded ({reason})"
+            f"{path}: no such file, and no data set NAME:SPLIT that can be loaded ({reason_of(e)})"
         ) from e
     for n, row in enumerate(rows, 1):
         yield f"{path} row {n}", row

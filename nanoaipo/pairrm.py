@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, DebertaV2Model
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
 from nanoaipo.chat import encode
-from nanoaipo.errors import InputError
+from nanoaipo.errors import InputError, reason_of
 from nanoaipo.packing import batches_by_length
 
 # the marks; their order fixes their ids
@@ -211,10 +211,9 @@ def read_ranker(name):
             settings = json.load(f)
         weights = load_file(os.path.join(folder, "model.safetensors"))
     except Exception as e:  # hub and file errors come in many classes
-        cause = str(e).splitlines()[0]
         raise InputError(
             f"--ranker_model={name}: no folder and no hub model with config.json and "
-            f"model.safetensors ({cause})"
+            f"model.safetensors ({reason_of(e)})"
         ) from e
     if not isinstance(settings, dict):
         raise InputError(f"--ranker_model={name}: its config.json holds no settings")
@@ -280,9 +279,8 @@ def load_pairrm(name, device):
         )
         embeddings = weights["pretrained_model.embeddings.word_embeddings.weight"]
     except (OSError, ValueError) as e:
-        cause = str(e).strip().splitlines()[0]
         raise InputError(
-            f"--ranker_model={name}: its backbone {backbone} cannot be loaded ({cause})"
+            f"--ranker_model={name}: its backbone {backbone} cannot be loaded ({reason_of(e)})"
         ) from e
     except KeyError as e:
         raise InputError(f"--ranker_model={name}: no PairRM, {e} is missing") from e

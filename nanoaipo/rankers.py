@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from nanoaipo.chat import control_pattern, load_tokenizer, render
-from nanoaipo.errors import InputError
+from nanoaipo.errors import InputError, reason_of
 from nanoaipo.grading import is_right
 from nanoaipo.judges import from_rewards, judge, prompt_text, zermelo
 from nanoaipo.packing import batches_by_length
@@ -98,9 +98,8 @@ def load_reward_model(model, device):
             model, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError) as e:
-        cause = str(e).strip().splitlines()[0]
         raise InputError(
-            f"--ranker_model={model}: no reward model that transformers knows ({cause})"
+            f"--ranker_model={model}: no reward model that transformers knows ({reason_of(e)})"
         ) from e
     n_labels = network.config.num_labels
     if n_labels != 1:

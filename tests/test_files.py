@@ -7,7 +7,7 @@ import os
 import pytest
 
 from nanoaipo import files
-from nanoaipo.errors import InputError
+from nanoaipo.errors import InputError, reason_of
 
 
 def write_lines(path, *rows):
@@ -91,3 +91,8 @@ def test_a_json_file_may_be_written_to_a_new_folder(tmp_path):
     files.write_json(str(path), {"n": 1})
 
     assert json.loads(path.read_text()) == {"n": 1}
+
+
+def test_an_error_without_a_text_is_named_by_its_class():
+    assert reason_of(OSError("\nno such model\nsee the hub")) == "no such model"
+    assert reason_of(OSError()) == "OSError"
