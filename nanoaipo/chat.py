@@ -78,8 +78,8 @@ def token_ids(tokenizer, text):
 
 
 def encode(tokenizer, text, control):
-    """Ids of plain text: what the pattern `control` finds stays text, because it is cut inside."""
-    # no piece holds a whole control token's text, so the tokenizer cannot see one
+    """Ids of plain text: what the pattern `control` finds stays text."""
+    # cut behind its first character, so that no piece holds the whole text of a control token
     ids = []
     start = 0
     for match in control.finditer(text):
@@ -93,12 +93,12 @@ def encode(tokenizer, text, control):
 
 
 def render(tokenizer, messages, where, control=None, opens=True):
-    """Ids of a conversation, opening the assistant's turn unless `opens` is false; no second BOS.
+    """Ids of a conversation, with the assistant's turn opened at its end if `opens`.
 
-    Text that spells a control token becomes that token, so prompts with such text are dropped
-    before. With the pattern `control` it stays text: the message enters the template as a
-    stand-in, whose place its ids take. Raises InputError, which names `where`, if the model's
-    template refuses the messages (Gemma-2: a system message).
+    The template writes the BOS, and none is added. Text of a message that spells a control token
+    becomes that token, so callers drop such prompts, or pass the pattern `control`: then it stays
+    text, because a stand-in goes through the template and the message's ids take its place. Raises
+    InputError, which names `where`, if the template refuses the messages (Gemma-2: a system one).
     """
     from jinja2 import TemplateError
 

@@ -70,9 +70,9 @@ def check_all_shards(path, shards):
 def read_records(path, *required):
     """Yield (where, record) for each object of a file; `where` is "file:line", for messages.
 
-    path: JSONL or a .json array, either with .gz, or a folder, a glob or shards of such files;
-    or NAME:SPLIT or NAME:CONFIG:SPLIT of a Hugging Face data set. Raises InputError for what is no
-    record or lacks a required field.
+    path: JSONL or a .json array, either with .gz; a glob or shards of such files; a folder of JSONL
+    files; or NAME:SPLIT or NAME:CONFIG:SPLIT of a Hugging Face data set. Raises InputError for what
+    is no record or lacks a required field.
     """
     for where, record in read_rows(path):
         if not isinstance(record, dict):
@@ -131,7 +131,7 @@ def read_json_array(file):
 def read_json_lines(file):
     """Yield (where, value) of a .jsonl or .jsonl.gz file; empty lines are passed over."""
     for n, line in enumerate(read_lines(file), 1):
-        if not line.strip():  # it counts in the numbers of lines
+        if not line.strip():  # it has a number too
             continue
         where = f"{file}:{n}"
         try:
@@ -144,8 +144,8 @@ def read_json_lines(file):
 
 
 def read_lines(file):
-    """Yield the lines of a file as bytes; one with .gz is read whole before the first of them."""
-    if file.endswith(".gz"):  # a damaged one shows at its end only, by its checksum
+    """Yield the lines of a file as bytes."""
+    if file.endswith(".gz"):  # read whole: only the checksum at its end shows damage
         yield from read_bytes(file).splitlines(keepends=True)
         return
     with open(file, "rb") as f:

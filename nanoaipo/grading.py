@@ -1,11 +1,16 @@
 """Is this answer right? Numbers, choices, text.
 
-`answer` is what a right response has to say. A number must equal the first number behind the last
-"####", "\\boxed{", "answer:" or "answer is" that has one behind it, or the last number before such
-marks (1,234.0 is 1234); a choice of one capital letter likewise, the words A and I aside; any other
-text must stand behind the first mark, or anywhere without one, as whole words, upper or lower case.
-{"accept": [...], "among": regex, "count": k}: of all statements in the response that match `among`,
-at least k distinct ones, and every one of them in `accept`.
+`answer` is what a right response has to say. Where a response says it shows by marks: "####",
+"\\boxed{", "answer:" or "answer is".
+
+    a number        equals the first number behind the last mark that has one behind it; if no mark
+                    has, the last number before the first mark (1,234.0 is 1234)
+    one capital     the same with choices, the words A and I aside
+    other text      stands behind the first mark, or anywhere without a mark, as whole words, upper
+                    or lower case
+    {"accept": [...], "among": regex, "count": k}
+                    at least k distinct texts in the response match `among`, and all of them are in
+                    `accept`
 """
 
 import re

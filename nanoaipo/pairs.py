@@ -7,7 +7,7 @@ from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-TEXT = ("prompt", "chosen", "rejected", "scores")  # what training does not need in memory
+NOT_TRAINED_ON = ("prompt", "chosen", "rejected", "scores")  # left out of memory
 
 
 def read_pairs(path, tokenizer, eos_ids, max_length):
@@ -19,7 +19,7 @@ def read_pairs(path, tokenizer, eos_ids, max_length):
     InputError for what is no pair, or another model's, and if no pair is left.
     """
     control = control_pattern(tokenizer)
-    n_tokens = len(tokenizer)  # added tokens too, and slow: so once
+    n_tokens = len(tokenizer)  # added tokens included; slow, so computed once
     pairs = []
     counts = {"pairs": 0, "too_long": 0, "control_text": 0}
     for where, pair in read_records(path, "prompt", "chosen", "rejected"):
@@ -48,7 +48,7 @@ def read_pairs(path, tokenizer, eos_ids, max_length):
 
 
 def read_messages(where, pair):
-    """Bring prompt, chosen and rejected of a pair to messages, the last two to one each."""
+    """Bring the prompt of a pair to messages, chosen and rejected to one message each."""
     for key, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
         messages = as_messages(pair[key], role)
         if not messages:
@@ -95,7 +95,7 @@ def check_ids(where, pair, n_tokens):
 
 def without_text(pair):
     """A pair as training holds it: ids as arrays, the text left out."""
-    record = {key: value for key, value in pair.items() if key not in TEXT}
+    record = {key: value for key, value in pair.items() if key not in NOT_TRAINED_ON}
     for key in IDS:
         record[key] = array.array("i", pair[key])  # 4 bytes per id, a list takes 8 and an object
     return record

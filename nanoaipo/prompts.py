@@ -61,10 +61,10 @@ def prompt_field(row):
 
 
 def prompt_messages(where, row, key):
-    """The messages that a row asks, from its column `key`. Turns stay only if they are asked."""
+    """The messages that a row asks, from its column `key`; `turns` is removed if it is another."""
     # each kind of column to a text or messages
     value = row.get(key)
-    turns = row.pop("turns", None)  # beside another prompt they are not what is asked
+    turns = row.pop("turns", None)  # whoever finds turns in a record asks them
     if key == "turns":
         row["turns"] = turn_texts(turns)
         value = None
@@ -112,10 +112,10 @@ def with_input(row, instruction):
 
 
 def read_candidates(path):
-    """Yield (where, record) of candidates: id a string, prompt messages, responses with a text.
+    """Yield (where, record) of candidates, brought to the form in nanoaipo/files.py.
 
-    Responses may come as bare texts. Pairs that others have ranked (chosen, rejected) are
-    candidates too: their two responses. Raises InputError for a row that is neither.
+    Responses may come as bare texts. Pairs that others have ranked are candidates too: chosen and
+    rejected become their two responses. Raises InputError for a row that is neither.
     """
     for n, (where, row) in enumerate(read_records(path, "prompt")):
         row["id"] = str(row.get("id", n))
@@ -128,14 +128,15 @@ def read_candidates(path):
         # responses, as objects
         if "responses" not in row:
             row["responses"] = responses_of_pair(where, row)
-        if not isinstance(row["responses"], list):
-            row["responses"] = [None]  # refused below
-        row["responses"] = [{"text": r} if isinstance(r, str) else r for r in row["responses"]]
-        if not all(map(is_response, row["responses"])):
+        responses = row["responses"]
+        if isinstance(responses, list):
+            responses = [{"text": r} if isinstance(r, str) else r for r in responses]
+        if not isinstance(responses, list) or not all(map(is_response, responses)):
             raise InputError(
                 f"{where}: 'responses' has to be a list of texts, "
                 "or of objects with a text (and ids, a list)"
             )
+        row["responses"] = responses
         yield where, row
 
 

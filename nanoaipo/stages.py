@@ -17,8 +17,8 @@ from nanoaipo.errors import InputError
 from nanoaipo.files import find_files, json_line, shard_path, write_json
 from nanoaipo.processes import RANK
 
-# Settings that may differ when a stage is run again: beyond rounding they do not enter what it
-# computes (the losses kto_pair and alpha_dpo_24 excepted, which look at a whole micro-batch).
+# Settings that may differ when a stage is run again: they change no more than the rounding of what
+# it computes. (But the losses kto_pair and alpha_dpo_24 depend on tokens_per_microbatch.)
 FREE = {
     "iterations",
     "gpu_memory",
@@ -178,9 +178,9 @@ def check_inputs(settings, inputs):
 
 def describe_run(settings, inputs):
     """What a stage's output depends on: its settings, and the content of its inputs."""
-    no_settings = {"out", *inputs}
+    paths = {"out", *inputs}
     return {
-        "settings": {key: value for key, value in settings.items() if key not in no_settings},
+        "settings": {key: value for key, value in settings.items() if key not in paths},
         "inputs": {key: fingerprint(settings[key]) for key in inputs},
     }
 
@@ -221,8 +221,8 @@ def check_same_run(out, manifest):
 def open_output(out, manifest):
     """Yield a function that appends a record to `out`, which gets its name when it is whole.
 
-    Its manifest comes first. Under several processes each writes its own shard. Nothing is left
-    under the final name if the block raises.
+    Of several processes each writes its own shard. Nothing is left under the final name if the
+    block raises.
     """
     path = shard_path(out)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -231,7 +231,7 @@ def open_output(out, manifest):
         f.flush()
         os.fsync(f.fileno())
 
-    # a file under its final name is a complete one that has a manifest, so it comes last
+    # the rename comes last: a file under its final name is complete and has a manifest
     write_json(manifest_path(path), manifest)
     os.replace(path + ".tmp", path)
 
@@ -272,7 +272,7 @@ def write_blocks(out, manifest, rows, size, make_records, count):
 
 
 def keep_whole_blocks(f, size, n_rows):
-    """Cut a half-written file behind its last whole block; how many records are left in it."""
+    """Cut a half-written file behind its last whole block; return how many records it keeps."""
     lines = [line for line in f.read().splitlines(keepends=True) if line.endswith(b"\n")]
     n_done = len(lines)
     if n_done < n_rows:  # else the last block, a short one, is whole too
