@@ -88,7 +88,7 @@ def vllm_engine(model, eos_ids, max_tokens, *, dtype, seed, tensor_parallel, gpu
         tensor_parallel=tensor_parallel,
         gpu_memory=gpu_memory,
     )
-    from vllm import SamplingParams
+    from vllm import SamplingParams  # only now: start_vllm sets the environment for it
 
     def sample(requests, *, n_responses, temperature, top_k, top_p, max_new_tokens, stop=()):
         prompts = []
@@ -110,7 +110,7 @@ def vllm_engine(model, eos_ids, max_tokens, *, dtype, seed, tensor_parallel, gpu
                 )
             )
 
-        # requests come back in their order
+        # outputs come in the order of the requests
         results = []
         for output in llm.generate(prompts, params):
             responses = [
@@ -132,9 +132,9 @@ def start_vllm(model, max_tokens, *, dtype, seed, tensor_parallel, gpu_memory):
     if torch.cuda.is_available():
         memory = {"gpu_memory_utilization": gpu_memory}
     else:
-        # Compiling takes longer than a small model samples, and a prompt prefilled in parts loses
-        # the seed of its request ("CPU Generator does not use offset", vLLM 0.32), so every
-        # prompt is prefilled whole.
+        # Eager, because compiling takes longer than a small model samples. And every prompt is
+        # prefilled whole, because in parts it loses the seed of its request ("CPU Generator does
+        # not use offset", vLLM 0.32).
         memory = {
             "kv_cache_memory_bytes": 2 * 2**30,
             "enforce_eager": True,
@@ -153,7 +153,7 @@ def start_vllm(model, max_tokens, *, dtype, seed, tensor_parallel, gpu_memory):
 
 
 def take_own_gpus(tensor_parallel, gpu_memory):
-    """Show this process's engine its own GPUs alone, through the environment, and wait for them.
+    """Set the environment so that vLLM sees this process's GPUs alone; wait until they are free.
 
     Process k of a node takes tensor_parallel of the visible GPUs, from k * tensor_parallel on.
     Raises InputError when this process uses a GPU already, or there are too few.
@@ -161,7 +161,7 @@ def take_own_gpus(tensor_parallel, gpu_memory):
     # the engine lives and dies with this process
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
-    # each process of a node has GPUs of its own
+    # the GPUs of this process
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     first = local_rank * tensor_parallel
     every_gpu = ",".join(map(str, range(64)))
@@ -169,7 +169,7 @@ def take_own_gpus(tensor_parallel, gpu_memory):
     own = ",".join(visible[first : first + tensor_parallel])
     os.environ["CUDA_VISIBLE_DEVICES"] = own
 
-    # torchrun's world is not the engine's
+    # without torchrun's variables, or the engine would join its world
     for name in (
         "TORCHELASTIC_USE_AGENT_STORE",
         "RANK",
@@ -218,9 +218,8 @@ def wait_for_gpus(gpus, share, patience=300, pause=5):
 
 def short_of_memory(gpus, share):
     """A sentence on the first GPU of which less than `share` is free and who holds it, or None."""
-    # memory is in MiB
-    memory = nvidia_smi(gpus, "gpu=index,uuid,memory.free,memory.total")
-    for name, gpu_uuid, free, total in memory:
+    gpu_rows = nvidia_smi(gpus, "gpu=index,uuid,memory.free,memory.total")  # in MiB
+    for name, gpu_uuid, free, total in gpu_rows:
         wanted = share * int(total)
         if int(free) >= wanted:
             continue

@@ -1,9 +1,9 @@
 """New instructions by self-instruct (arXiv 2212.10560) as AIPO has it: the policy writes prompts.
 
 A call shows the policy examples from the pool as a numbered list of raw text, and the policy writes
-the next item. Examples come from the pool alone, never from what was written. Calls go out in
-rounds until each process has its share of instructions that differ from each other, from the pool
-and from those of the processes before it. A killed stage begins anew, with the same calls.
+the next item. Examples come from the pool alone, never from what was written. Each process calls in
+rounds until it has its share of instructions, which differ from each other, from the pool and from
+those of the processes of lower rank. A killed stage begins anew, with the same calls.
 """
 
 import collections
@@ -30,7 +30,7 @@ MIN_CALLS = 128  # in a round (AIPO)
 MAX_CALLS = 4096  # in a round
 MAX_REPLY_TOKENS = 1024  # AIPO
 MIN_TOKENS = 4  # of an instruction
-PATIENCE = 10  # calls for each instruction wanted, after which the program ends
+PATIENCE = 10  # calls for each instruction wanted (of at least MIN_CALLS), then it is an error
 
 # of the manifest: prompts to show, calls, and replies dropped by the rules of why_unfit
 COUNTS = (
@@ -76,7 +76,7 @@ def write_instructions(
 
     pool: prompt records to show; start_engine(max_tokens): an engine's `sample`; unfit: a compiled
     pattern of what is dropped; max_...: tokens. Raises InputError when the pool is too small, or
-    PATIENCE times as many calls have not been enough.
+    when PATIENCE runs out.
     """
     if not n_prompts:
         raise InputError("--n_prompts is not set: how many instructions to write")
@@ -98,7 +98,7 @@ def write_instructions(
         sample = start_engine(list_tokens + reply_tokens)
 
     def call_policy(n_calls, n_round):
-        """(Text, finished) of the instructions of one round."""
+        """Yield (text, finished) of the instructions of one round."""
         seeds = (seed, iteration, RANK, n_round)
         replies = sample(
             list_requests(tokenizer, examples, n_examples, n_calls, list_tokens, seeds),
@@ -109,11 +109,12 @@ def write_instructions(
             max_new_tokens=reply_tokens,
             stop=("\n\n", next_number(n_examples)),
         )
-        for ((ids, finished, _),) in replies:  # one response each
+        for responses in replies:
+            ids, finished, _ = responses[0]
             reply = tokenizer.decode(ids, skip_special_tokens=True)
             yield instruction_of(reply, n_examples), finished
 
-    # an instruction is to be answered next: its rendered prompt leaves room for max_new_tokens
+    # an instruction is a prompt of the next stage, which needs room for max_new_tokens behind it
     seen = NearDuplicateFinder(similarity, examples)
     reason_to_drop = functools.partial(
         why_unfit,
@@ -145,7 +146,7 @@ def write_instructions(
 
 
 def collect(wanted, call_policy, reason_to_drop, seen, counts, out, manifest):
-    """The `wanted` instructions of this process, or fewer when the calls are used up.
+    """The `wanted` instructions of this process, or fewer when PATIENCE runs out.
 
     call_policy(n_calls, n_round) yields (text, finished); reason_to_drop(text, finished) returns a
     key of counts or None; seen: the texts that a new one must differ from. Counts every call.
@@ -153,7 +154,7 @@ def collect(wanted, call_policy, reason_to_drop, seen, counts, out, manifest):
     instructions = []
     met_lower_ranks = RANK == 0
     for n_round in itertools.count():
-        # the instructions of lower ranks come first: replace those that are near to one of theirs
+        # those of lower ranks have precedence: drop ours that are near to theirs, then go on
         if len(instructions) == wanted and not met_lower_ranks:
             theirs = wait_for_lower_ranks(out, manifest)
             instructions = drop_near(instructions, theirs, seen.similarity)
@@ -189,7 +190,7 @@ def collect(wanted, call_policy, reason_to_drop, seen, counts, out, manifest):
 def example_texts(pool):
     """The distinct texts of the pool's prompts of one turn, without blank lines inside.
 
-    The last turn of a longer conversation is left out: alone it is no instruction.
+    Longer conversations are left out: their last turn alone is no instruction.
     """
     texts = []
     for row in pool:
@@ -202,9 +203,9 @@ def example_texts(pool):
 
 
 def list_requests(tokenizer, examples, n_examples, n_calls, list_tokens, seeds):
-    """Requests (ids, seed) of a round, each a list of other examples; too long ones are left out.
+    """Requests (ids, seed) of a round, each with a new draw of examples; too long ones left out.
 
-    seeds: what the round's seeds are made of. Raises InputError when no list fits.
+    seeds: what the round's seeds are made of. Raises InputError when no request is left.
     """
     rng = random.Random(derive_seed(*seeds))
     requests = []
@@ -229,7 +230,7 @@ def list_requests(tokenizer, examples, n_examples, n_calls, list_tokens, seeds):
 
 
 def next_number(n_examples):
-    """How the item after the policy's own begins: there its instruction has ended."""
+    """The beginning of the item after the one that the policy writes, where that one has ended."""
     return f"\n{n_examples + 2}."
 
 
@@ -274,8 +275,8 @@ def why_unfit(text, finished, *, tokenizer, model, unfit, control, min_tokens, m
 class NearDuplicateFinder:
     """Finds whether a text is nearly equal to one of those added before.
 
-    Two texts are when the Jaccard index of their sets of three-word shingles is at least
-    `similarity`; 0: none is.
+    Nearly equal: the Jaccard index of their sets of three-word shingles is at least `similarity`.
+    With similarity 0 nothing is found.
     """
 
     def __init__(self, similarity, texts=()):

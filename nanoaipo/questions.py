@@ -2,8 +2,9 @@
 
     replies = ask(questions, "pairs.jsonl", endpoint("https://api.openai.com/v1", 16))
 
-A question is a JSON object with model, messages, temperature, max_tokens, and whatever else tells
-it from the others; its reply is text.
+A question is a JSON object with model, messages, temperature, max_tokens, and `about` or whatever
+else tells it from the others. A reply is an object too: {reply: text, usage, ...}, or {reply: "",
+error} where there is no answer.
 """
 
 import concurrent.futures
@@ -33,10 +34,10 @@ def endpoint(url, concurrency):
 
     `concurrency` requests are under way at a time. The client repeats what fails in passing (no
     connection, 429, 5xx, no answer for two minutes) up to 20 times, 8 seconds apart at most. A
-    parameter that the model does not know is left out from then on, and a line says so. What the
-    endpoint refuses to answer (400, 413, 422) or answers four times with nothing in it has an error
-    for a reply; any other refusal raises InputError. However it ends, requests under way are waited
-    for, and their replies kept.
+    parameter that the model does not know is left out from then on, and a line says so. A question
+    that the endpoint refuses to answer (400, 413, 422), or answers four times with nothing in it,
+    has an error for a reply; any other refusal raises InputError. Before it raises or returns it
+    waits for the requests under way and keeps their replies.
     """
     from openai import OpenAI, OpenAIError
 
@@ -121,7 +122,7 @@ def refuses_parameter(error, parameters):
 
 
 def drop_parameter(name, unsupported, model):
-    """Leave a parameter out from now on; says so once."""
+    """Leave a parameter out from now on, and print so the first time."""
     if name not in unsupported:
         print(f"{model} does not take this {name}, asked without it from now on", flush=True)
     unsupported.add(name)
@@ -156,8 +157,8 @@ def without_key(client, text):
 def local_model(model, *, engine, dtype, seed, tensor_parallel, gpu_memory, generate_rows):
     """A way to answer questions by an engine of this process.
 
-    512 questions are answered at a time, so that a kill costs no more than those. All have the
-    temperature and max_tokens of the first. A question too long for the model has an error.
+    Replies are kept after every 512 questions, so that a kill costs no more than those. All have
+    the temperature and max_tokens of the first. A question too long for the model has an error.
     """
 
     def answer(questions, keep):
@@ -226,10 +227,10 @@ def sort_by_room(prompt_ids, room):
 def ask(questions, out, answer):
     """The replies to `questions`, in their order, as {reply, usage, ...}.
 
-    Each is kept as it came, the moment it comes, in NAME.replies beside `out`.
-    answer(questions, keep) calls keep({index: {reply, usage}}), from any thread, in any order. A
-    question that an earlier run or another process of this one has a reply to is not asked again,
-    nor is the same question twice; one with an error is.
+    answer(questions, keep): an endpoint or a local_model, which calls keep({index: reply}) from any
+    thread, in any order. Each reply is kept as it came, the moment it comes, in NAME.replies beside
+    `out`. What this or an earlier run has there is not asked again, unless it is an error, and
+    equal questions are asked once.
     """
     path = os.path.splitext(shard_path(out))[0] + ".replies"
     replies = read_replies(out, path)
@@ -255,9 +256,9 @@ def key_of(question):
 
 
 def read_replies(out, path):
-    """The replies {key: line} that all processes of this stage kept beside `out`, but no errors.
+    """The replies {key: line} that all processes of this stage kept beside `out`, errors left out.
 
-    path: this process's own file, from which a line is removed that a kill has cut.
+    path: this process's own file, whose last line is removed if a kill has cut it.
     """
     stem = glob.escape(os.path.splitext(out)[0])
     files = glob.glob(stem + ".replies") + glob.glob(stem + "-[0-9]*-of-[0-9]*.replies")
@@ -277,7 +278,7 @@ def read_replies(out, path):
 
 
 def ask_missing(missing, path, answer):
-    """Ask the questions {key: question}; append each reply to the file as it comes; all of them."""
+    """The replies {key: line} to questions {key: question}, appended to the file as they come."""
     keys = list(missing)
     replies = {}
     lock = threading.Lock()

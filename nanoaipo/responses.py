@@ -20,8 +20,8 @@ def response_record(tokenizer, ids, finished, logp):
 def ask_for_responses(rows, out, *, model, url, n_responses, temperature, top_p, max_new_tokens):
     """Prompts with n_responses texts each, of a model behind an OpenAI-compatible endpoint.
 
-    What it refuses to answer is missing among the responses. Raises InputError when it has
-    answered nothing and no block before this one is in `out`.
+    What it refuses to answer is missing among the responses. Raises InputError when this is the
+    first block of `out` and nothing in it was answered.
     """
     questions = []
     for row in rows:
@@ -36,11 +36,11 @@ def ask_for_responses(rows, out, *, model, url, n_responses, temperature, top_p,
             }
             questions.append(question)
 
-    # an error may pass: what has one for a reply is asked once more
+    # twice, because an error may pass: the second time asks only what has an error for a reply
     for _ in range(2):
-        replies = ask(questions, out, endpoint(url, 16))
+        replies = ask(questions, out, endpoint(url, concurrency=16))
 
-    # an endpoint that has never answered is a wrong setting
+    # answers have a `finish`, errors have none; an endpoint that never answered is a wrong setting
     is_first_block = os.path.getsize(shard_path(out) + ".tmp") == 0
     if is_first_block and not any("finish" in reply for reply in replies):
         raise InputError(
@@ -64,7 +64,7 @@ def count_and_print(out, counts, records):
     for record in records:
         for response in record["responses"] + record.get("later_responses", []):
             totals["responses"] += 1
-            totals["tokens"] += len(response.get("ids", ()))  # an endpoint's has none
+            totals["tokens"] += len(response.get("ids", ()))  # an endpoint gives no ids
             totals["finished"] += response["finished"]
 
     n_responses = max(1, totals["responses"])

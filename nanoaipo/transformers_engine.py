@@ -65,6 +65,7 @@ class MostRowsEnded(StoppingCriteria):
             hit = self.finds_stop(ids)
             self.stop_lengths[hit] = self.stop_lengths[hit].clamp(max=length)
 
+        # generate stops once every row is True
         ended = self.has_eos | (self.stop_lengths <= length)  # (B,)
         most_ended = ended.float().mean() > 0.5
         return ended | most_ended
@@ -85,7 +86,7 @@ class TransformersEngine:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         policy = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
         self.policy = policy.to(self.device).eval()
-        # a model's own penalties would enter what our configuration leaves unset
+        # the model's own would fill in what ours leaves unset, such as a repetition penalty
         self.policy.generation_config = GenerationConfig()
         self.eos_ids = eos_ids
         self.eos = torch.tensor(sorted(eos_ids), device=self.device)
@@ -101,7 +102,7 @@ class TransformersEngine:
             for start in range(0, len(by_length), size):
                 batch = by_length[start : start + size]
 
-                # a batch has one generator: its seed is made of those of its requests
+                # the rows of a batch share one generator, seeded by all their requests
                 torch.manual_seed(derive_seed(*(requests[r][1] for r in batch)))
                 rows = []
                 for r in batch:
@@ -131,20 +132,20 @@ class TransformersEngine:
         )
 
         responses = [None] * len(prompts)
-        logp = torch.zeros(len(prompts))
+        logp = torch.zeros(len(prompts))  # of each response so far
         rows = torch.arange(len(prompts))  # (B,), the prompt of each row of the batch
         cache = None
         while len(rows):
             # sample on until most rows have ended
             start = ids.shape[1]
-            logps = SampledLogProbs()
+            recorder = SampledLogProbs()
             criterion = MostRowsEnded(len(rows), prompt_width, self.eos, stop, self.tokenizer)
             output = self.policy.generate(
                 ids,
                 attention_mask=mask,
                 past_key_values=cache,
                 generation_config=generation_config,
-                logits_processor=[logps],
+                logits_processor=[recorder],
                 stopping_criteria=[criterion],
             )
             ids = output.sequences  # (B, L + new)
@@ -153,7 +154,8 @@ class TransformersEngine:
 
             # nothing counts after the end token or the stop text
             is_eos = torch.isin(ids[:, start:], self.eos)  # (B, new)
-            logp[rows] += sum_logps(logps.all_steps(ids), is_eos, start, stop_lengths).cpu()
+            steps = recorder.all_steps(ids)  # (B, new)
+            logp[rows] += sum_logps(steps, is_eos, start, stop_lengths).cpu()
 
             # rows that have ended are responses
             ended = is_eos.any(1) | (stop_lengths < NEVER) | (ids.shape[1] >= max_length)  # (B,)
@@ -181,7 +183,7 @@ class TransformersEngine:
         return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
 
     def cut_at_eos(self, response):
-        """(The ids up to and with the first end token, whether there is one)."""
+        """(Ids up to and with the first end token, or all of them; whether there is one)."""
         for k, token in enumerate(response):
             if token in self.eos_ids:
                 return response[: k + 1], True
