@@ -19,7 +19,7 @@ VERDICT = re.compile(r"^\W*better\b\W*(?:response\W*)?(a|b|tie)\W*$", re.IGNOREC
 
 
 def prompt_text(messages):
-    """A prompt as PairRM and judges read it: an instruction bare, more turns with their roles."""
+    """A prompt as PairRM and judges read it: one message bare, several with their roles."""
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n".join(f"{m['role'].upper()}: {m['content']}" for m in messages)
@@ -110,7 +110,7 @@ def judge(
         identity = {"model": model, "weights": fingerprint(model), "seed": seed}
 
     def rank(rows):
-        # one question per response, or per ordered pair of responses, and vote
+        # judge_votes questions per response, or per ordered pair of responses
         comparisons = all_comparisons(rows, len(fields) - 1)
         questions = []
         for r, shown in comparisons:
@@ -140,7 +140,7 @@ def judge(
             rewards = mean_scores(rows, comparisons, votes)
             return [from_rewards(row_rewards, reward_temperature) for row_rewards in rewards]
         strengths = zermelo(count_wins(rows, comparisons, votes), pseudo_count)
-        return [from_rewards(log_strengths.tolist(), 1.0) for log_strengths in strengths]
+        return [from_rewards(row_strengths.tolist(), 1.0) for row_strengths in strengths]
 
     return rank
 
@@ -171,7 +171,7 @@ def fill_template(template, fields, row, shown):
 
 
 def all_comparisons(rows, n_shown):
-    """(row's index, indices of the responses shown) of each question: one, or two in order."""
+    """(row's index, indices of the n_shown responses that are shown), of two in both orders."""
     comparisons = []
     for r, row in enumerate(rows):
         for shown in itertools.permutations(range(len(row["texts"])), n_shown):
@@ -182,7 +182,7 @@ def all_comparisons(rows, n_shown):
 def print_unreadable(replies, judge_tokens):
     """Show the first of a judge's replies, of which not one could be read.
 
-    What it means is the caller's to say: ties need no judge, other processes have other replies.
+    Whether it is an error the caller decides: other processes may have readable replies.
     """
     # an error, where the endpoint refused the question, says more than an empty reply
     first = replies[0].get("error") or replies[0]["reply"]
@@ -195,7 +195,7 @@ def print_unreadable(replies, judge_tokens):
 
 
 def readable_votes(readings, judge_votes):
-    """The list of readable votes on each comparison, of which each was asked judge_votes times."""
+    """For each comparison the list of its readable votes; it has judge_votes readings in a row."""
     votes = []
     for start in range(0, len(readings), judge_votes):
         block = readings[start : start + judge_votes]
@@ -222,40 +222,40 @@ def count_wins(rows, comparisons, votes):
 
 
 def zermelo(wins, pseudo_count, rounds=100_000):
-    """Bradley-Terry log-strengths (N,), mean 0, of each matrix of votes (N, N).
+    """Bradley-Terry log-strengths (N,), mean 0, of each matrix (N, N) in `wins`.
 
     wins[k][i, j] counts how often i beat j. pseudo_count > 0 is added to every entry; without it
     the strengths of unanimous votes diverge. Of two candidates, of which one won k of h votes, the
     difference has the closed form log((k + c) / (h - k + c)). A candidate without any vote has nan.
     """
-    strengths = [None] * len(wins)
-    for size in {len(votes) for votes in wins}:
-        same_size = [k for k, votes in enumerate(wins) if len(votes) == size]
-        # who meets nobody has strength 0
+    log_strengths = [None] * len(wins)
+    for size in {len(matrix) for matrix in wins}:
+        same_size = [k for k, matrix in enumerate(wins) if len(matrix) == size]
+        # who meets nobody has log-strength 0
         if size < 2:
             for k in same_size:
-                strengths[k] = torch.zeros(size)
+                log_strengths[k] = torch.zeros(size)
             continue
 
         # all matrices of one size together
         counts = torch.stack([wins[k].double() for k in same_size])  # (B, N, N)
-        log_strengths = iterate_zermelo(counts + pseudo_count, rounds)  # (B, N)
-        for k, values in zip(same_size, log_strengths):
+        fitted = iterate_zermelo(counts + pseudo_count, rounds)  # (B, N)
+        for k, values in zip(same_size, fitted):
             has_votes = (wins[k] + wins[k].T).sum(1) > 0  # (N,)
-            strengths[k] = torch.where(has_votes, values.float(), math.nan)
-    return strengths
+            log_strengths[k] = torch.where(has_votes, values.float(), math.nan)
+    return log_strengths
 
 
-def iterate_zermelo(votes, rounds):
+def iterate_zermelo(wins, rounds):
     """Zermelo's iteration (iREPO, 2405.15230) on matrices (B, N, N) at once: log-strengths (B, N).
 
     At its fixed point each candidate has as many wins as its strength lets expect.
     """
-    size = votes.shape[1]
-    votes = votes * (1 - torch.eye(size))  # nobody meets itself
-    won = votes.sum(2)  # (B, N)
-    met = votes + votes.mT  # (B, N, N)
-    logs = torch.zeros(len(votes), size, dtype=torch.double)
+    size = wins.shape[1]
+    wins = wins * (1 - torch.eye(size))  # nobody meets itself
+    won = wins.sum(2)  # (B, N)
+    met = wins + wins.mT  # (B, N, N)
+    logs = torch.zeros(len(wins), size, dtype=torch.double)
     for _ in range(rounds):
         strengths = logs.exp()  # (B, N)
         per_strength = met / (strengths[:, :, None] + strengths[:, None])  # (B, N, N)

@@ -3,7 +3,8 @@
     model, tokenizer = load_pairrm("llm-blender/PairRM", device)
     matrices = compare(model, tokenizer, prompts, candidates, batch_tokens, counts)
 
-DeBERTa-v2 reads a prompt and two candidates, and a head reads the three marks before them.
+DeBERTa-v3 (transformers' DebertaV2Model) reads a prompt and two candidates, each behind a mark, and
+a head reads the hidden states of the three marks.
 Comparisons of all prompts are sorted by length and laid end to end without padding: products run
 over all tokens, attention over sequences of one length at a time. A relative position's score
 depends on the distance alone, so it is computed once per distance and read through a view with
@@ -95,7 +96,7 @@ class PairRM(torch.nn.Module):
         return self.head_layer(torch.stack(candidates, 1)).mean(-1)
 
     def distance_buckets(self, length, device):
-        """The row of the relative embedding for each distance i - j, falling: (2L - 1,)."""
+        """Rows of the relative embedding for the distances i - j = L - 1, ..., 1 - L: (2L - 1,)."""
         encoder = self.pretrained_model.encoder
         span = encoder.position_buckets
         distance = torch.arange(length - 1, -length, -1, device=device)
@@ -130,8 +131,9 @@ class PairRM(torch.nn.Module):
         query = attention.query_proj(h)  # (T, D)
         key = attention.key_proj(h)  # (T, D)
         value = attention.value_proj(h)  # (T, D)
-        position_key = split_heads(attention.key_proj(positions), heads) * scale
-        position_query = split_heads(attention.query_proj(positions), heads) * scale
+        bucket_key = split_heads(attention.key_proj(positions), heads) * scale
+        bucket_query = split_heads(attention.query_proj(positions), heads) * scale
+        # both (H, 2 * span, d)
 
         context = torch.empty_like(query)
         start = 0
@@ -141,9 +143,9 @@ class PairRM(torch.nn.Module):
                 split_heads(x[start:stop].unflatten(0, (count, length)), heads)  # (B, H, L, d)
                 for x in (query, key, value)
             )
-            to_position = position_key[:, buckets[length]]  # (H, 2L - 1, d)
-            from_position = position_query[:, buckets[length].flip(0)]  # (H, 2L - 1, d)
-            out = disentangled_attention(q, k, v, to_position, from_position, scale)
+            position_key = bucket_key[:, buckets[length]]  # (H, 2L - 1, d), j - i rises
+            position_query = bucket_query[:, buckets[length].flip(0)]  # (H, 2L - 1, d), i - j rises
+            out = disentangled_attention(q, k, v, position_key, position_query, scale)
             context[start:stop] = out.transpose(1, 2).reshape(count * length, -1)
             start = stop
         return context
@@ -174,7 +176,10 @@ class PairTokenizer:
         self.control = re.compile("|".join(re.escape(token) for token in tokens))
 
     def segment(self, text, limit):
-        """([CLS] mark text [SEP] as at most `limit` ids, the mark still None; was text cut off?)"""
+        """([CLS] mark text [SEP] as at most `limit` ids, whether the text was cut).
+
+        The mark is None until `join` knows which of the three it is.
+        """
         ids = encode(self.tokenizer, text, self.control)
         room = limit - 3
         segment = [self.tokenizer.cls_token_id, None, *ids[:room], self.tokenizer.sep_token_id]

@@ -125,8 +125,8 @@ def unused_id(sequences):
 @torch.no_grad()
 def rewards_of(network, sequences, pad_id):
     """Rewards (B,) of B conversations as ids; pad_id: the model's own, or None."""
-    # the model reads the last token that is not padding, so padding must be an id not in use
     if pad_id is None:
+        # the model reads the last token that is not padding: take an id that no sequence has
         pad_id = unused_id(sequences)
         network.config.pad_token_id = pad_id
     rows = [torch.tensor(ids) for ids in sequences]
@@ -152,7 +152,7 @@ def reward(model, counts, *, rank_batch_tokens, reward_temperature=1.0, **_):
         sequences = [conversation_ids(row, text) for row in rows for text in row["texts"]]
         lengths = [len(ids) for ids in sequences]
 
-        # longest first, and back into the order of the texts
+        # computed longest first, stored in the order of the texts
         rewards = [0.0] * len(sequences)
         with tqdm(total=len(sequences), desc="rank", unit="resp") as bar:
             for batch in batches_by_length(lengths, rank_batch_tokens):
@@ -216,7 +216,7 @@ def annotators(model, counts, *, annotator_votes=9, pseudo_count=0.5, **settings
     differences: iREPO's label z (2405.15230).
     """
     voters = parse_annotators(model)
-    settings["pseudo_count"] = pseudo_count
+    settings["pseudo_count"] = pseudo_count  # a judge among them wants it too
 
     def rank(rows):
         wins = [torch.zeros(len(row["texts"]), len(row["texts"])) for row in rows]  # (N, N)
@@ -248,7 +248,7 @@ RANKERS = {
 
 
 def load_ranker(ranker, model, settings, counts):
-    """The ranker's function over rows, see above.
+    """The function `rank` of a ranker, as at the top of this file.
 
     model: folder or hub name, or the name of a model at judge_url. Raises InputError for a ranker
     that is not in the table, and for a model that the ranker cannot use.

@@ -41,7 +41,7 @@ def distinct_2(words):
     for counter in pairs:
         total.update(counter)
 
-    # what is left without answer i: its own pairs are those that no other answer has
+    # distinct-2 without answer i, whose own pairs are those that no other answer has
     own = np.array([sum(total[pair] == n for pair, n in counter.items()) for counter in pairs])
     size = np.array([counter.total() for counter in pairs])
     without = (len(total) - own) / (size.sum() - size)  # (N,)
@@ -96,16 +96,16 @@ def fit_logistic(features, targets, weights):
     """Coefficients (K,) of a logistic regression with the leaderboard's L1 penalty, by Newton.
 
     features (R, K); targets (R,) in [0, 1], fractions included; weights (R,). scikit-learn's
-    liblinear finds the same to four digits in five times the time, but it takes a lost game for
-    a won one when every game is lost: rows of weight 0 are dropped, and with them a class.
+    liblinear finds the same to four digits in five times the time, but when every game is lost it
+    takes them for won: it drops rows of weight 0, and with them a class.
     """
     beta = np.zeros(features.shape[1])
     for _ in range(200):
         p = sigmoid(features @ beta)  # (R,)
-        size = np.sqrt(beta**2 + SMOOTHING)  # (K,), |beta|
-        gradient = features.T @ (weights * (targets - p)) - beta / size / PENALTY_C  # (K,)
+        magnitude = np.sqrt(beta**2 + SMOOTHING)  # (K,), |beta|
+        gradient = features.T @ (weights * (targets - p)) - beta / magnitude / PENALTY_C  # (K,)
         curvature = (features.T * (weights * p * (1 - p))) @ features  # (K, K)
-        curvature += np.diag(SMOOTHING / size**3 / PENALTY_C)
+        curvature += np.diag(SMOOTHING / magnitude**3 / PENALTY_C)
         step = np.linalg.solve(curvature, gradient)
         beta += step / max(1, abs(step).max())  # far from the optimum no coefficient moves beyond 1
         if abs(step).max() < 1e-9:
@@ -145,7 +145,8 @@ def length_controlled(difference, won, others, extra=None):
 def length_controlled_interval(difference, won, resamples=400):
     """Length-controlled win rate in percent and its 95 % interval, by a bootstrap over prompts.
 
-    difference and won as above. The model has an intercept only, so every prompt has one p.
+    difference and won as in length_controlled. The model has an intercept only, so all prompts have
+    one p.
     """
     n = len(won)
 
