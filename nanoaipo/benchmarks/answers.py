@@ -8,7 +8,8 @@ import time
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
 
-Answer = collections.namedtuple("Answer", "texts tokens")  # of all turns; length as the file has it
+# texts: of all turns; tokens: of the first turn as the file says, or None
+Answer = collections.namedtuple("Answer", "texts tokens")
 
 
 def text_of(turn, field):
@@ -25,7 +26,7 @@ def parse_answer(row):
     TypeError, ValueError, AttributeError when the record is in none of these formats.
     """
     key = row.get("question_id", row.get("uid", row.get("instruction")))
-    tokens = row.get("metadata", {}).get("token_len")  # Arena-Hard v2.0
+    tokens = None
 
     if "output" in row:  # AlpacaEval
         name = row.get("generator")
@@ -34,13 +35,13 @@ def parse_answer(row):
         name = row["model_id"]
         turns = row["choices"][0]["turns"]
         texts = [text_of(turn, "content") for turn in turns]
-        tokens = None
         if isinstance(turns[0], dict):  # Arena-Hard's have a length, MT-Bench's are texts
             tokens = turns[0].get("token_len")
     elif "messages" in row:  # Arena-Hard v2.0
         name = row["model"]
         contents = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
         texts = [text_of(content, "answer") for content in contents]
+        tokens = row.get("metadata", {}).get("token_len")
     else:  # generate.py --task=answers
         name = None  # its file does not say
         responses = row["responses"][:1] + row.get("later_responses", [])
