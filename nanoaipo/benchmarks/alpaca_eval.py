@@ -25,7 +25,6 @@ REVISION = "2edc6fad8be6b14ea7230aabfd08188da6b8b814"  # of the data set on the 
 BASELINE = "alpaca_eval_gpt4_baseline.json"
 SUFFIX = ".json"  # of a judgments file: an array of annotations, as the official code writes it
 N_INSTRUCTIONS = 805
-NAME_THEM = f"--baseline={BASELINE} has to say"  # which instructions these are
 
 
 def download(name):
@@ -116,14 +115,16 @@ def win_at_equal_length(rows, won, difficulty, extra, judgments):
     """
     # the key of each row in `difficulty`
     keys = [row["instruction"] for _, row in rows]
-    if 0 in difficulty:  # its keys are numbers: nothing says the order of the instructions
+    if 0 in difficulty:  # its keys are indices: nothing says which instruction has which
         if not all("index" in row for _, row in rows):
             if len(rows) != len(difficulty):
                 raise InputError(
-                    f"{judgments}: which {len(rows)} of the instructions these are, {NAME_THEM}"
+                    f"{judgments}: which {len(rows)} of the instructions these are, "
+                    f"--baseline={BASELINE} has to say"
                 )
             print(
-                f"{judgments}: taken to be in the benchmark's own order; if it is not, {NAME_THEM}"
+                f"{judgments}: taken to be in the benchmark's own order; if it is not, "
+                f"--baseline={BASELINE} has to say"
             )
         keys = [row.get("index", k) for k, (_, row) in enumerate(rows)]
     for key, (place, _) in zip(keys, rows):
@@ -144,12 +145,13 @@ def length_tables(lc_data, baseline):
 
     Returns {instruction: difficulty} and the rows that regularise the fit, as length_controlled
     takes them. df_gamed.csv holds both by the index of the instruction, and the baseline's answers
-    are in that order; without them the keys are the indices themselves. Both are looked for in the
-    folder lc_data, or on the hub when it is empty. Raises InputError for a table of another kind.
+    are in that order; where there are no such answers, the keys are the indices. Both files are
+    looked for in the folder lc_data, or on the hub when it is empty. Raises InputError for a table
+    of another kind.
     """
     if lc_data:
         gamed = find_bench_file(lc_data, "df_gamed*.csv", REPOSITORY)
-        # the official order first: that of another baseline may differ
+        # the folder's own before `baseline`, whose order may differ
         ordered = sorted(files_below(lc_data, "*baseline*.json*"))
         ordered += sorted(files_below(lc_data, "instructions.json*"))
         order = ordered[0] if ordered else baseline
@@ -287,7 +289,7 @@ def question_about(row, template):
     if is_switched(row["instruction"]):
         first, second = second, first
 
-    # filled in one go, so that placeholders inside of an answer stay text
+    # filled in one go, so that a placeholder inside an answer stays text
     values = {"{instruction}": row["instruction"], "{output_1}": first, "{output_2}": second}
     messages = []
     for role, text in template:

@@ -68,7 +68,7 @@ def score(judgments, model, *, answers="", resamples=1000, **_):
         **win_rate(list(won.values()), resamples),
         "avg_tokens": mean_tokens(answers),
     }
-    # v2.0 has hard prompts and creative writing
+    # v2.0 has two categories, hard prompts and creative writing
     names = sorted(set(category.values()))
     if len(names) > 1:
         scores["categories"] = {}
@@ -79,8 +79,9 @@ def score(judgments, model, *, answers="", resamples=1000, **_):
 
 
 def tally(rows):
-    """What the model has won of each question out of what weight, the questions' categories, and
-    the number of games without a verdict: {key: [won, weight]}, {key: category}, invalid.
+    """({key: [won, weight]}, {key: category}, number of games without a verdict) of the questions.
+
+    won: what the model has won of the summed weight of a question's games.
     """
     won = collections.defaultdict(lambda: np.zeros(2))
     category = {}
@@ -127,7 +128,7 @@ def games_of(row):
 
 
 def win_rate(counts, resamples):
-    """Questions, win rate and its interval; counts: [won, weight] of each question."""
+    """Questions, win rate and its interval, of [won, weight] of each question."""
     counts = np.array(counts)  # (Q, 2)
 
     # the games of a question hang together, so questions are drawn
@@ -171,17 +172,23 @@ def judge(ask, bench_data, answers, baseline, judge_model):
     # two games a question, one after the other
     games = []
     for key, question in questions.items():
-        pair = theirs[key].texts[0], ours[key].texts[0]
-        for number, (a, b) in enumerate((pair, pair[::-1]), 1):
+        their_text = theirs[key].texts[0]
+        our_text = ours[key].texts[0]
+        for number, a, b in ((1, their_text, our_text), (2, our_text, their_text)):
             messages = fill_template(settings, first_turn(question), a, b)
             games.append({"about": [key, number], "messages": messages})
     play(games, ask, settings)
 
     # games 2k and 2k + 1 are those of question k
-    names = {"model": model, "judge": judge_model, "baseline": baseline_name, "tstamp": time.time()}
+    fields = {
+        "model": model,
+        "judge": judge_model,
+        "baseline": baseline_name,
+        "tstamp": time.time(),
+    }
     rows = []
     for k, (key, question) in enumerate(questions.items()):
-        rows.append(record_of(key, question, names, games[2 * k : 2 * k + 2]))
+        rows.append(record_of(key, question, fields, games[2 * k : 2 * k + 2]))
     return rows
 
 
@@ -220,7 +227,7 @@ def first_turn(question):
 
 
 def fill_template(settings, question, a, b):
-    """Messages to the judge of one game; v0.1's template and v2.0's name their places apart."""
+    """Messages to the judge of one game, for a template with v0.1's placeholders or v2.0's."""
     text = settings["prompt_template"].format(
         question_1=question,
         answer_1=a,
@@ -236,7 +243,7 @@ def fill_template(settings, question, a, b):
 
 
 def play(games, ask, settings):
-    """Put the judge's words into each game as `judgment`; one without a verdict is asked on."""
+    """Put the judge's reply into each game as `judgment`, and a second one if it has no verdict."""
 
     def replies_to(some):
         questions = [
@@ -266,13 +273,13 @@ def play(games, ask, settings):
             game["judgment"] += "\n" + reply
 
 
-def record_of(key, question, names, games):
-    """A record of the judgments file, of one question's two games."""
+def record_of(key, question, fields, games):
+    """A record of the judgments file, of one question's games, with the fields all records have."""
     is_v2 = "uid" in question
     row = {"question_id": key}
     if is_v2:
         row = {"uid": key, "category": question["category"]}
-    row |= names
+    row |= fields
     row["games"] = []
     for game in games:
         verdict = verdict_of(game["judgment"], is_v2)

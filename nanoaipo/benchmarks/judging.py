@@ -17,7 +17,7 @@ def write_judgments(
     Raises InputError when the judge refuses every question.
     """
     judge_model = parameters["model"]
-    replies = []  # to all that is asked: a benchmark may ask more than once
+    replies = []  # of all calls: a benchmark may ask more than once
 
     def ask_judge(questions):
         new = ask([question | parameters for question in questions], judgments, answer)

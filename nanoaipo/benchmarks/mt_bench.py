@@ -46,7 +46,7 @@ def category_of(question_id):
 
 
 def judge_of(row):
-    """The judge's name of a record, which may stand beside the name of its template."""
+    """The judge's name in a record: alone, or in a list with the name of its template."""
     if isinstance(row["judge"], str):
         return row["judge"]
     return row["judge"][0]
@@ -60,10 +60,10 @@ def mean_score(rows):
 
 
 def score(judgments, model, **_):
-    """Mean of all ratings (1 to 10), by turn and by category; a reply without a rating is invalid.
+    """Mean of all ratings (1 to 10), by turn and by category.
 
-    model: whose judgments, where the file has several. Such a reply has the score -1 or null.
-    Raises InputError.
+    A reply without a rating has the score -1 or null and is invalid. model: whose judgments, where
+    the file has several. Raises InputError.
     """
     fields = ("question_id", "model", "judge", "score", "turn")
     rows = list(read_records(judgments, *fields))
@@ -175,7 +175,7 @@ def prompts_of(question, texts, references, templates):
     """[(name of the judge's template, messages to the judge)] of each turn of a question."""
     is_referred = question["category"] in REFERRED
 
-    # a template of the first turn has places without a number, the others' have numbers
+    # placeholders have no number in a template of the first turn, and numbers in the others
     fields = {"question": question["turns"][0], "answer": texts[0]}
     fields |= numbered("question", question["turns"])
     fields |= numbered("answer", texts)

@@ -1,7 +1,7 @@
 """A model's answers in the benchmarks' own formats, from those of generate.py --task=answers.
 
-NAME.model_answer.jsonl (MT-Bench, Arena-Hard) or NAME.model_outputs.json (AlpacaEval) stand beside
-NAME.jsonl where its questions are a benchmark's.
+Where the questions of NAME.jsonl are a benchmark's, NAME.model_answer.jsonl (MT-Bench, Arena-Hard)
+or NAME.model_outputs.json (AlpacaEval) stands beside it.
 """
 
 import functools
@@ -45,7 +45,7 @@ def in_order(shards):
     """The records of all shards in the order of their prompts, which were dealt out in turn."""
     for deal in itertools.zip_longest(*map(read_records, shards)):
         for place_and_row in deal:
-            if place_and_row:  # the last deal may not go round
+            if place_and_row:  # the last deal may be short
                 yield place_and_row[1]
 
 

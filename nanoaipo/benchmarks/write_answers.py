@@ -61,7 +61,7 @@ def write_answers(
     longest = render_and_measure(rows, tokenizer, limit, prompts, max_new_tokens)
     sample = None
     if rows:  # there may be more processes than questions
-        # an answer that is read again, as text, may be more tokens
+        # an earlier turn's answer is rendered again from its text, perhaps to more tokens
         sample = start_engine(min(limit, 2 * longest))
 
     answer = functools.partial(
