@@ -178,15 +178,15 @@ def answer(model, counts, *, reward_temperature=1.0, **_):
 
     def rank(rows):
         for row in rows:
-            place = f"--ranker=answer: prompt '{row['id']}'"
+            where = f"--ranker=answer: prompt '{row['id']}'"
             if row.get("answer") is None:
-                raise InputError(f"{place} has no 'answer'")
+                raise InputError(f"{where} has no 'answer'")
             try:
                 rewards = [float(is_right(text, row["answer"])) for text in row["texts"]]
             except (LookupError, TypeError, re.error) as e:
                 reason = f"{type(e).__name__}: {e}"
                 raise InputError(
-                    f"{place}: its 'answer' is not as nanoaipo/grading.py has it ({reason})"
+                    f"{where}: its 'answer' is not as nanoaipo/grading.py has it ({reason})"
                 ) from e
             yield from_rewards(rewards, reward_temperature)
 

@@ -87,15 +87,15 @@ def score(judgments, model, *, answers="", lc_data="", baseline=""):
 
 
 def read_annotations(path, model):
-    """The (place, record) pairs about one model, one for each instruction, and its name."""
+    """The (where, record) pairs about one model, one for each instruction, and its name."""
     fields = ("instruction", "output_1", "output_2", "preference")
     rows = list(read_records(path, *fields))
     rows, model = select_model(rows, lambda r: r.get("generator_2", "unknown"), path, model)
     check_no_duplicates(rows, lambda r: r["instruction"])
-    for place, row in rows:
+    for where, row in rows:
         for field in ("instruction", "output_1", "output_2"):
             if not isinstance(row[field], str):
-                raise InputError(f"{place}: '{field}' has to be a text")
+                raise InputError(f"{where}: '{field}' has to be a text")
     return rows, model
 
 
@@ -127,10 +127,10 @@ def win_at_equal_length(rows, won, difficulty, extra, judgments):
                 f"--baseline={BASELINE} has to say"
             )
         keys = [row.get("index", k) for k, (_, row) in enumerate(rows)]
-    for key, (place, _) in zip(keys, rows):
+    for key, (where, _) in zip(keys, rows):
         if key not in difficulty:
             raise InputError(
-                f"{place}: its instruction is not one of AlpacaEval's {len(difficulty)}"
+                f"{where}: its instruction is not one of AlpacaEval's {len(difficulty)}"
             )
 
     # characters, as the leaderboard counts

@@ -62,16 +62,16 @@ def read_answers(path):
     """
     answers = {}
     names = set()
-    for place, row in read_records(path):
+    for where, row in read_records(path):
         try:
             key, name, answer = parse_answer(row)
         except (LookupError, TypeError, ValueError, AttributeError):
             raise InputError(
-                f"{place}: no answer as AlpacaEval, MT-Bench, Arena-Hard or "
+                f"{where}: no answer as AlpacaEval, MT-Bench, Arena-Hard or "
                 "generate.py --task=answers write it"
             ) from None
         if key in answers:
-            raise InputError(f"{place}: answers '{str(key)[:60]}' a second time")
+            raise InputError(f"{where}: answers '{str(key)[:60]}' a second time")
         answers[key] = answer
         names.add(name)
 
@@ -81,7 +81,7 @@ def read_answers(path):
     return answers, names.pop() or os.path.basename(path)
 
 
-# ---- judgments: (place, row) pairs, as read_records yields them ----
+# ---- judgments: (where, row) pairs, as read_records yields them ----
 
 
 def select_model(rows, model_of, path, wanted):
@@ -97,7 +97,7 @@ def select_model(rows, model_of, path, wanted):
         raise InputError(
             f"{path}: no judgments of --answer_name={name}, but of {', '.join(names[:9])}"
         )
-    return [(place, row) for place, row in rows if model_of(row) == name], name
+    return [(where, row) for where, row in rows if model_of(row) == name], name
 
 
 def only_judge(rows, judge_of, path):
@@ -114,14 +114,14 @@ def only_judge(rows, judge_of, path):
 def check_no_duplicates(rows, key_of):
     """Raise InputError if two rows judge the same thing."""
     seen = {}
-    for place, row in rows:
+    for where, row in rows:
         key = key_of(row)
         if key in seen:
             raise InputError(
-                f"{place}: judges {str(key)[:70]} again, as {seen[key]} did; "
+                f"{where}: judges {str(key)[:70]} again, as {seen[key]} did; "
                 "remove the one that shall not count"
             )
-        seen[key] = place
+        seen[key] = where
 
 
 def last_day(rows):

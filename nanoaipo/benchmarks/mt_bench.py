@@ -108,7 +108,7 @@ def judge(ask, bench_data, answers, baseline, judge_model):
     # a record and a question to the judge for each turn of each question that has an answer
     rows = []
     questions = []
-    for place, question in read_questions(bench_data):
+    for where, question in read_questions(bench_data):
         key = question["question_id"]
         if key not in ours:
             continue
@@ -119,7 +119,7 @@ def judge(ask, bench_data, answers, baseline, judge_model):
                 f"question {key}"
             )
         if question["category"] in REFERRED and key not in references:
-            raise InputError(f"{place}: its reference answer is missing in reference_answer/")
+            raise InputError(f"{where}: its reference answer is missing in reference_answer/")
 
         prompts = prompts_of(question, texts, references, templates)
         for turn, (name, messages) in enumerate(prompts, 1):
@@ -150,7 +150,7 @@ def judge(ask, bench_data, answers, baseline, judge_model):
 
 
 def read_questions(bench_data):
-    """The (place, record) pairs of the benchmark's questions."""
+    """The (where, record) pairs of the benchmark's questions."""
     path = find_bench_file(bench_data, "question.jsonl", REPOSITORY)
     return read_records(path, "question_id", "category", "turns")
 

@@ -44,9 +44,9 @@ def write_official_files(out, name):
 def in_order(shards):
     """The records of all shards in the order of their prompts, which were dealt out in turn."""
     for deal in itertools.zip_longest(*map(read_records, shards)):
-        for place_and_row in deal:
-            if place_and_row:  # the last deal may be short
-                yield place_and_row[1]
+        for where_and_row in deal:
+            if where_and_row:  # the last deal may be short
+                yield where_and_row[1]
 
 
 def write_whole(path, text):

@@ -85,8 +85,8 @@ def render_and_measure(rows, tokenizer, limit, prompts, max_new_tokens):
     control = control_pattern(tokenizer)
     longest = 0
     for row in rows:
-        place = f"{prompts}: prompt '{row['id']}'"
-        row["prompt_ids"] = render(tokenizer, row["prompt"], place, control)
+        where = f"{prompts}: prompt '{row['id']}'"
+        row["prompt_ids"] = render(tokenizer, row["prompt"], where, control)
 
         # the last turn is asked after all the others and their answers
         n_tokens = len(row["prompt_ids"]) + max_new_tokens
@@ -136,8 +136,8 @@ def answer_block(
             asked = [k for k in going if temperatures[k] == value]
             requests = []
             for k in asked:
-                place = f"{prompts}: prompt '{rows[k]['id']}'"
-                ids = render(tokenizer, conversations[k], place, control)
+                where = f"{prompts}: prompt '{rows[k]['id']}'"
+                ids = render(tokenizer, conversations[k], where, control)
                 requests.append((ids, derive_seed(seed, iteration, rows[k]["id"], turn)))
 
             # the answer enters the conversation as text, as a user would see it
