@@ -135,8 +135,8 @@ def train_memory(m, s, tokens, responses, on_cpu):
     shards = s.shard_size or s.processes
     both = 4 if b == 4 else 4 + b  # of a number that exists in float32 and in dtype
 
-    # Held always, divided among the processes: what trains, and its two moments, in float32; what
-    # LoRA freezes, in dtype
+    # Held always, divided among the processes: what trains, with its two moments, in float32; and
+    # what LoRA freezes, in dtype
     held = 12 * m.trained / shards
     if s.lora_rank:
         held += m.weight_bytes / shards
@@ -146,7 +146,7 @@ def train_memory(m, s, tokens, responses, on_cpu):
     if not s.lora_rank:
         gradients += both * m.head
 
-    # Gathered in dtype: embedding and head, and a layer; with several processes, also the next one
+    # Gathered in dtype: embedding, head and one layer; with several processes also the next layer
     # and the buffer that the last one came in
     gathered_layers = 3 if shards > 1 else 1
     gathered = b * m.root + gathered_layers * b * m.body / m.layers
@@ -195,43 +195,42 @@ def prompt_sizes(path, field, at_most, s, assumed):
     256 prompts are read closely. A data set of the hub is not fetched, and its sizes are assumed.
     """
     if ":" in path and not os.path.exists(path):
-        sizes = SimpleNamespace(number=20_000, tokens=s.max_prompt_tokens / 3, record_bytes=5_000)
+        number = 20_000
+        tokens = s.max_prompt_tokens / 3
+        record_bytes = 5_000
         assumed.append(
-            f"{path} is not fetched: 20,000 prompts of {sizes.tokens:.0f} tokens and 5,000 bytes"
+            f"{path} is not fetched: 20,000 prompts of {tokens:.0f} tokens and 5,000 bytes"
         )
     else:
         tokenizer, _ = load_tokenizer(s.model)
         rows = read_prompts(path, field)
         sample = random.Random(0).sample(rows, min(256, len(rows)))
-        lengths = []
+        fitting = []  # tokens of those that generate.py does not drop
         for row in sample:
             length = len(render(tokenizer, row["prompt"], f"{path}: prompt '{row['id']}'"))
             if length <= s.max_prompt_tokens:
-                lengths.append(length)
-        if not lengths:
+                fitting.append(length)
+        if not fitting:
             raise InputError(
                 f"{path}: of {len(sample)} prompts none is within "
                 f"--max_prompt_tokens={s.max_prompt_tokens}"
             )
-        sizes = SimpleNamespace(
-            number=len(rows),
-            tokens=statistics.fmean(lengths),
-            record_bytes=statistics.fmean(len(json.dumps(row)) for row in sample),
-        )
-    if at_most:
-        sizes.number = min(at_most, sizes.number)
-    return sizes
+        number = len(rows)
+        tokens = statistics.fmean(fitting)
+        record_bytes = statistics.fmean(len(json.dumps(row)) for row in sample)
+    number = min(number, at_most or number)
+    return SimpleNamespace(number=number, tokens=tokens, record_bytes=record_bytes)
 
 
 def training_sizes(s, prompts):
-    """Of train.py in one iteration: steps, tokens, and the tokens of a micro-batch in a process."""
+    """Of train.py in one iteration: its steps and tokens, and a micro-batch's tokens."""
     steps = s.epochs * math.ceil(prompts.number / s.batch_size)
     if s.max_steps:
         steps = min(s.max_steps, steps)
     pairs = min(s.epochs * prompts.number, steps * s.batch_size)
     pair_tokens = prompts.tokens + 2 * s.response_tokens
 
-    # A process's tokens of a step, in as few micro-batches as packing.plan can make of them
+    # A process divides its tokens of a step into as few micro-batches as hold them
     step_tokens = min(s.batch_size, prompts.number) / s.processes * pair_tokens
     row_tokens = step_tokens / math.ceil(step_tokens / s.tokens_per_microbatch)
     return SimpleNamespace(
@@ -295,16 +294,14 @@ def first_loss(s):
         return losses.pair_loss(s.loss, symbols, **vars(s)).item()
 
     try:
-        constant = loss_at(0, 10.0)
-        at_one = loss_at(1, 10.0)
-        at_two = loss_at(2, 10.0)
+        constant, at_one, at_two = (loss_at(nll, 10.0) for nll in (0, 1, 2))
         longer = loss_at(1, 20.0)
     except ValueError as e:
         if "column" in str(e):
             return f"depends on the labels of the pairs ({s.loss})"
         raise InputError(f"--loss={s.loss}: {e}") from e
 
-    # A constant plus a multiple of nll; anything else cannot be foretold
+    # Can be foretold if it is a constant plus a multiple of nll, whatever the length
     slope = at_one - constant
     if not math.isclose(at_two - at_one, slope, abs_tol=1e-6) or longer != at_one:
         return "depends on the pairs"
@@ -334,15 +331,17 @@ def find_machine(s):
     from nanoaipo.policy import matmul_rate
 
     device = pick_device()
-    dtype = getattr(torch, s.dtype)
-    if device.type == "cpu":
+    on_cpu = device.type == "cpu"
+    if on_cpu:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        rate = matmul_rate(1536, device, dtype)
-        return SimpleNamespace(on_cpu=True, gpus=0, memory=memory, matmul_rate=rate)
-    memory = torch.cuda.get_device_properties(device).total_memory
-    rate = matmul_rate(8192, device, dtype)
-    count = torch.cuda.device_count()
-    return SimpleNamespace(on_cpu=False, gpus=count, memory=memory, matmul_rate=rate)
+    else:
+        memory = torch.cuda.get_device_properties(device).total_memory
+    return SimpleNamespace(
+        on_cpu=on_cpu,
+        gpus=torch.cuda.device_count(),
+        memory=memory,
+        matmul_rate=matmul_rate(1536 if on_cpu else 8192, device, getattr(torch, s.dtype)),
+    )
 
 
 def resolve(s):
@@ -362,19 +361,20 @@ def estimate_stages(m, s, machine, prompts, heldout, training):
     fix = "raise --tensor_parallel" if s.engine == "vllm" else "lower --generate_rows"
     stages = []
 
-    # Candidates in each iteration; answers of every policy, the first one too
-    sampled = []
-    if not given and s.engine != "openai":
-        sampled.append(("generate", s.iterations, prompts, s.n_responses))
-    if heldout:
-        sampled.append(("answers", s.iterations + 1, heldout, 1))
-    for name, runs, asked, n in sampled:
+    def add_sampling(name, runs, asked, n):
         tokens = asked.number * (asked.tokens + n * s.response_tokens)
         responses = n * math.ceil(asked.number / s.engines)
         memory = sampling_memory(m, s, machine, responses, asked.tokens)
         stages.append((name, runs, s.engines, tokens, memory, fix))
 
-    # What more processes divide: weights, two moments and gradients in float32, frozen weights
+    # Candidates in each iteration; answers of every policy, the first one too
+    if not given and s.engine != "openai":
+        add_sampling("generate", s.iterations, prompts, s.n_responses)
+    if heldout:
+        add_sampling("answers", s.iterations + 1, heldout, 1)
+
+    # What more processes divide, as in train_memory: weights, two moments and gradients in float32,
+    # and frozen weights
     divided = 16 * m.trained
     if s.lora_rank:
         divided += m.weight_bytes
@@ -442,12 +442,10 @@ def report(s, machine, baseline):
     m = model_sizes(s.model, s.dtype, s.lora_rank)
     prompts, heldout = read_sizes(s, assumed)
     training = training_sizes(s, prompts)
-    there = f"{machine.gpus} GPUs of {machine.memory / GIB:.0f} GiB"
-    if machine.on_cpu:
-        there = f"CPU, {machine.memory / GIB:.0f} GiB"
+    devices = "CPU," if machine.on_cpu else f"{machine.gpus} GPUs of"
     lines = [
         f"{s.model}: {m.parameters / 1e6:,.2f}M parameters, {m.trained / 1e6:,.2f}M to train",
-        there,
+        f"{devices} {machine.memory / GIB:.0f} GiB",
         "",
         f"{'stage':<13}{'runs':>5}{'tokens a run':>16}{'GiB a process':>15}{'there':>9}",
     ]
@@ -462,8 +460,9 @@ def report(s, machine, baseline):
         else:
             need = memory + CUDA_CONTEXT
             room = machine.memory
-        row = f"{name:<13}{runs:>5}{round(tokens):>16,}{need / GIB:>15.2f}{room / GIB:>9.1f}"
-        lines.append(row)
+        lines.append(
+            f"{name:<13}{runs:>5}{round(tokens):>16,}{need / GIB:>15.2f}{room / GIB:>9.1f}"
+        )
         if need > room:
             refusals.append(
                 f"{name}: needs {need / GIB:.1f} GiB in each of {processes} processes, "
