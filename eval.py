@@ -114,12 +114,12 @@ def join_answers(answers, baseline):
 def first_responses(path):
     """{id: (record, the first of its responses)} of a candidates file."""
     first = {}
-    for place, row in read_candidates(path):
+    for where, row in read_candidates(path):
         if not row["responses"]:
-            raise InputError(f"{place}: no answer in it")
+            raise InputError(f"{where}: no answer in it")
         if row["id"] in first:
             raise InputError(
-                f"{place}: id '{row['id']}' is there twice; ids join records and must differ"
+                f"{where}: id '{row['id']}' is there twice; ids join records and must differ"
             )
         first[row["id"]] = row, row["responses"][0]
     return first

@@ -82,8 +82,8 @@ def read_pool(tokenizer, room):
             counts["control_text"] += 1
             continue
 
-        place = f"{prompts}: prompt '{row['id']}'"
-        row["prompt_ids"] = render(tokenizer, row["prompt"], place)
+        where = f"{prompts}: prompt '{row['id']}'"
+        row["prompt_ids"] = render(tokenizer, row["prompt"], where)
         if len(row["prompt_ids"]) > max_tokens:
             counts["too_long"] += 1
             continue

@@ -406,9 +406,9 @@ def main():
     for (row, responses), (rewards, odds) in zip(competitors, labels):
         pairs += pairs_of(row, responses, rewards, odds, counts, **settings)
     counts["pairs"] = len(pairs)
-    counted = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+    counts_text = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
     if not pairs and WORLD_SIZE == 1:  # of several processes another may have some
-        raise InputError(f"{candidates}: not one pair; {counted}")
+        raise InputError(f"{candidates}: not one pair; {counts_text}")
 
     # one file, or this process's shard of it
     manifest["counts"] = dict(counts)
@@ -416,7 +416,7 @@ def main():
     with open_output(out, manifest) as write:
         for pair in pairs:
             write(pair)
-    print(counted, "->", shard_path(out))
+    print(counts_text, "->", shard_path(out))
     if pairs:
         print_summary(manifest["summary"])
 

@@ -202,8 +202,8 @@ def read_pairs(folder, logps):
     margins = []
     texts = []
     if finished_files(path):
-        for place, row in read_records(path, "chosen", "rejected"):
-            texts.append([last_message(place, row, "chosen"), last_message(place, row, "rejected")])
+        for where, row in read_records(path, "chosen", "rejected"):
+            texts.append([last_message(where, row, "chosen"), last_message(where, row, "rejected")])
             chosen_ids = row.get("chosen_ids") or ()
             rejected_ids = row.get("rejected_ids") or ()
             logp_w = logps.get(response_key(row.get("id"), chosen_ids))
@@ -214,11 +214,11 @@ def read_pairs(folder, logps):
     return np.array(margins).reshape(-1, 4), texts
 
 
-def last_message(place, row, field):
-    """The text of a response, which is a text or a list of messages; place: where the row is."""
+def last_message(where, row, field):
+    """The text of a response, which is a text or a list of messages; where: its file and line."""
     messages = as_messages(row[field])
     if not messages:
-        raise InputError(f"{place}: '{field}' has to be a text or a list of messages")
+        raise InputError(f"{where}: '{field}' has to be a text or a list of messages")
     return messages[-1]["content"]
 
 
