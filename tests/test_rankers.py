@@ -1,6 +1,7 @@
 """Pair rules, labels and the summary of rank.py; annotators, reward models and right answers."""
 
 import collections
+import inspect
 import math
 import random
 
@@ -566,3 +567,15 @@ def test_the_answer_ranker_gives_one_or_nothing_and_names_a_prompt_without_answe
     with pytest.raises(InputError, match=message) as error:
         labels_of("answer", "", settings, [row, unanswered])
     assert "\n" not in str(error.value)
+
+
+def test_a_rankers_own_defaults_are_those_of_the_settings():
+    """eval.py does not declare all of them, so a ranker falls back to its own."""
+    compared = set()
+    for ranker in rankers.RANKERS.values():
+        for name, parameter in inspect.signature(ranker).parameters.items():
+            if parameter.default is not parameter.empty:
+                assert parameter.default == rank.config[name], name
+                compared.add(name)
+
+    assert {"reward_temperature", "pseudo_count", "annotator_votes", "judge_prompt"} <= compared
