@@ -24,6 +24,7 @@ from warm import warm
 
 from configurator import run_script
 from nanoaipo.errors import InputError
+from nanoaipo.report.figures import RC
 from nanoaipo.report.runs import load_iterations
 
 OUT = "out/findings"
@@ -53,16 +54,6 @@ COLORS = {
     "SimPO": "#009e73", "SPPO": "#c2559d", "iREPO": "#7f7f7f", "R-DPO": "#a08200",
 }
 # fmt: on
-FIGURE_STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.15,
-    "lines.markersize": 4.5,
-    "lines.linewidth": 1.6,
-    "axes.titlesize": "medium",
-}
 
 # ---------------------------------------------------------------------------- the runs
 
@@ -541,7 +532,7 @@ def page(chosen, tuning, date):
 
 def main():
     matplotlib.use("Agg")
-    plt.rcParams.update(FIGURE_STYLE)
+    plt.rcParams.update(RC)
     date = time.strftime("%Y-%m-%d")
 
     # the value of each objective with the best length-controlled win rate
