@@ -277,13 +277,12 @@ def check_settings():
 
 def main():
     check_settings()
+    write = TASKS[task]
+    if engine == "openai":
+        write = candidates_from_endpoint
     manifest = open_stage(out, ".jsonl", config, "model", "prompts")
-    if manifest is None:
-        pass  # it is complete
-    elif engine == "openai":
-        candidates_from_endpoint(manifest)
-    else:
-        TASKS[task](manifest)
+    if manifest is not None:  # else the file is complete
+        write(manifest)
 
     if task == "answers":  # for a complete file too, as a kill may come between it and these
         name = answer_name or os.path.basename(model.rstrip("/"))
