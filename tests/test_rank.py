@@ -661,3 +661,19 @@ def test_a_chosen_response_with_a_url_gives_no_pair_and_no_pair_at_all_is_an_err
 
     done = run(*arguments, "--drop_url=False", f"--out={tmp_path}/q.jsonl")
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "response, drop_unfinished, reason",
+    [
+        ({"text": "yes"}, True, None),  # a bare text from elsewhere counts as finished
+        ({"text": " \n"}, True, "empty"),
+        ({"text": "yes", "finished": False}, True, "unfinished"),
+        ({"text": "yes", "finished": False}, False, None),
+        ({"text": "yes", "finished": True, "ids": [1, 2, 3]}, True, None),
+        ({"text": "yes", "finished": True, "ids": [1, 2, 3, 4]}, True, "too_long"),
+        ({"text": "yes", "finished": False, "ids": [1, 2, 3, 4]}, False, "too_long"),
+    ],
+)
+def test_what_keeps_a_response_from_competing(response, drop_unfinished, reason):
+    assert rank.why_left_out(response, drop_unfinished, max_response_tokens=3) == reason
