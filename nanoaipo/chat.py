@@ -5,6 +5,7 @@ exactly those, with the end token if and only if the model produced it.
 """
 
 import contextlib
+import datetime
 import hashlib
 import json
 import re
@@ -92,8 +93,35 @@ def encode(tokenizer, text, control):
 # ------------------------------------------------------------------------------------- rendering
 
 
-def render(tokenizer, messages, where, control=None, opens=True):
+def template_arguments(template_kwargs, date):
+    """What a run hands to every chat template, as keyword arguments.
+
+    template_kwargs: a JSON object such as {"enable_thinking": false}, or empty. date: YYYY-MM-DD,
+    what a template that asks for the day is told; empty: today. Raises InputError for other texts.
+    """
+    arguments = {}
+    if template_kwargs:
+        try:
+            arguments = json.loads(template_kwargs)
+        except ValueError as e:
+            raise InputError(f"--template_kwargs={template_kwargs}: not JSON: {e}") from e
+        if not isinstance(arguments, dict):
+            raise InputError(f"--template_kwargs={template_kwargs}: has to be a JSON object")
+
+    # templates call strftime_now("%d %B %Y"); a variable of that name hides transformers' function
+    if date:
+        try:
+            day = datetime.datetime.strptime(date, "%Y-%m-%d")
+        except ValueError as e:
+            raise InputError(f"--date={date}: has to be a day such as 2026-11-27") from e
+        arguments["strftime_now"] = day.strftime
+    return arguments
+
+
+def render(tokenizer, messages, where, control=None, opens=True, arguments=None):
     """Ids of a conversation, with the assistant's turn opened at its end if `opens`.
+
+    arguments: of the template, from template_arguments and the row's own columns.
 
     The template writes the BOS, and none is added. Text of a message that spells a control token
     becomes that token, so callers drop such prompts, or pass the pattern `control`: then it stays
@@ -111,7 +139,9 @@ def render(tokenizer, messages, where, control=None, opens=True):
         shielded.append(message)
 
     try:
-        text = tokenizer.apply_chat_template(shielded, add_generation_prompt=opens, tokenize=False)
+        text = tokenizer.apply_chat_template(
+            shielded, add_generation_prompt=opens, tokenize=False, **(arguments or {})
+        )
     except TemplateError as e:
         raise InputError(f"{where}: this model's chat template refuses the prompt: {e}") from e
 
@@ -126,7 +156,7 @@ def render(tokenizer, messages, where, control=None, opens=True):
     return ids
 
 
-def render_response(tokenizer, eos_ids, control, prompt, prompt_ids, response):
+def render_response(tokenizer, eos_ids, control, prompt, prompt_ids, response, arguments=None):
     """Ids of a response that came as text, with one end of turn.
 
     They are what this model's template writes after the prompt, unless it rewrites earlier turns
@@ -136,7 +166,7 @@ def render_response(tokenizer, eos_ids, control, prompt, prompt_ids, response):
     content = response[0]["content"]
     ids = None
     if not control.search(content):
-        text = tokenizer.apply_chat_template(prompt + response, tokenize=False)
+        text = tokenizer.apply_chat_template(prompt + response, tokenize=False, **(arguments or {}))
         conversation = token_ids(tokenizer, text)
         if conversation[: len(prompt_ids)] == prompt_ids:
             ids = conversation[len(prompt_ids) :]
