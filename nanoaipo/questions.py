@@ -4,7 +4,7 @@
 
 A question is a JSON object with model, messages, temperature, max_tokens, and `about` or whatever
 else tells it from the others. A reply is an object too: {reply: text, usage, ...}, or {reply: "",
-error} where there is no answer.
+error} where there is no answer. Its text is kept as it came, a thought before the answer included.
 """
 
 import concurrent.futures
@@ -12,6 +12,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import threading
 
 from tqdm import tqdm
@@ -21,10 +22,34 @@ from nanoaipo.engines import context_length, load_engine
 from nanoaipo.errors import InputError
 from nanoaipo.files import shard_path
 from nanoaipo.seeds import derive_seed
+from nanoaipo.thoughts import THOUGHT_BEGINS
 
 REQUIRED = ("model", "messages")
 OPTIONAL = ("temperature", "top_p", "max_tokens", "logprobs", "top_logprobs")
 CANNOT_ANSWER = (400, 413, 422)  # status of a question that is refused: too long, filtered
+REFUSES_PARAMETER = (400, 403, 422)  # status of a refusal that may be about a parameter
+
+# how refusals name what was sent and can be left out
+PARAMETER_NAMES = {
+    "temperature": r"temperature",
+    "top_p": r"top[_ ]?p",
+    "logprobs": r"log[_ ]?prob(?:abilitie)?s?",
+    "top_logprobs": r"top[_ ]?log[_ ]?probs?",
+    "max_tokens": r"max_tokens",
+    "max_completion_tokens": r"max_completion_tokens",
+}
+UNKNOWN = re.compile(
+    r"unsupported|not support|unknown|unrecogni[sz]ed|not permitted|unexpected"
+    r"|use\W+max_completion_tokens",
+    re.IGNORECASE,
+)
+TOO_MANY = re.compile(r"too (?:large|long|many)|greater|exceed|at most|maximum", re.IGNORECASE)
+ECHO = re.compile(r"""input(?:_value)?\\?['"]?\s*[:=]""")  # pydantic: what was sent comes behind
+
+# how servers say that a response has ended by itself, and that max_tokens cut it
+FINISHED = ("stop", "stop_sequence", "eos", "eos_token", "end_turn", "endoftext", "complete")
+CUT = ("length", "model_length", "max_tokens", "max_output_tokens", "max_new_tokens")
+
 TRIES = 4  # of a question that is answered with nothing in it
 BLOCK = 512  # questions between two savings of a local model's replies
 
@@ -34,16 +59,16 @@ def endpoint(url, concurrency):
 
     `concurrency` requests are under way at a time. The client repeats what fails in passing (no
     connection, 429, 5xx, no answer for two minutes) up to 20 times, 8 seconds apart at most. A
-    parameter that the model does not know is left out from then on, and a line says so. A question
+    parameter that a refusal names is left out from then on, and a line says so. A question
     that the endpoint refuses to answer (400, 413, 422), or answers four times with nothing in it,
     has an error for a reply; any other refusal raises InputError. Before it raises or returns it
     waits for the requests under way and keeps their replies.
     """
     from openai import OpenAI, OpenAIError
 
-    key = os.environ.get("OPENAI_API_KEY") or "none"
-    if not key.isascii():
-        raise InputError("OPENAI_API_KEY: has characters that no key has")
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # files end with a line break
+    if not re.fullmatch(r"[!-~]+", key):
+        raise InputError("OPENAI_API_KEY: has characters that no key has, such as a space in it")
     client = OpenAI(base_url=url, api_key=key, max_retries=20, timeout=120)
     unsupported = set()  # parameters that this model does not take; all threads add to it
 
@@ -69,7 +94,7 @@ def endpoint(url, concurrency):
 
 
 def request(client, url, question, unsupported):
-    """Ask one question: {reply, finish, usage} and perhaps logprobs, or {reply: "", error}.
+    """Ask one question: {reply, finish, usage, ...} as read_completion has it, or an error.
 
     Adds to `unsupported` what the model does not take, and asks again without it. Raises what the
     client raises when the endpoint does not answer questions at all.
@@ -82,13 +107,14 @@ def request(client, url, question, unsupported):
         try:
             response = client.chat.completions.with_raw_response.create(**parameters)
         except APIStatusError as e:
+            # a parameter: the same question without it
+            name = refused_parameter(e, parameters)
+            if name:
+                drop_parameter(name, unsupported, f"{url}: {question['model']}")
+                continue
             # a wrong key, a wrong address: no other question would fare better
             if e.status_code not in CANNOT_ANSWER:
                 raise
-            # a parameter: the same question without it
-            if refuses_parameter(e, parameters):
-                drop_parameter(e.param, unsupported, f"{url}: {question['model']}")
-                continue
             # this question alone
             return {"reply": "", "error": without_key(client, str(e))[:300]}
 
@@ -109,16 +135,49 @@ def parameters_of(question, unsupported):
     for name in REQUIRED + OPTIONAL:
         if name in question and name not in unsupported:
             parameters[name] = question[name]
-    if "max_tokens" in unsupported:  # reasoning models have another name for it
+    # reasoning models have another name for it
+    if "max_tokens" in question.keys() & unsupported:
         parameters["max_completion_tokens"] = question["max_tokens"]
-    return parameters
+    return {name: value for name, value in parameters.items() if name not in unsupported}
 
 
-def refuses_parameter(error, parameters):
-    """Whether a refusal is about a parameter that was sent and can be left out."""
-    if error.code not in ("unsupported_parameter", "unsupported_value"):
-        return False
-    return error.param in parameters and error.param in OPTIONAL
+def refused_parameter(error, parameters):
+    """The sent parameter that a refusal is about and that can be left out, or None.
+
+    Servers have no common code or field for it; what they have in common is that they name it.
+    """
+    if error.status_code not in REFUSES_PARAMETER:
+        return None
+    text = f"{error.param} {ECHO.split(error.response.text)[0]}"
+
+    # each name in the refusal, where it stands first
+    named = {}
+    for name, words in PARAMETER_NAMES.items():
+        pattern = re.compile(rf"(?<![a-z_]){words}(?![a-z_])", re.IGNORECASE)
+        match = pattern.search(without_messages(text, parameters["messages"], pattern))
+        if name in parameters and match:
+            named[name] = match.start()
+
+    # a question that is too long names the limits too, and would be no shorter without them
+    if TOO_MANY.search(text) or not UNKNOWN.search(text):
+        named.pop("max_tokens", None)
+        named.pop("max_completion_tokens", None)
+
+    if not named:
+        return None
+    # "temperature and top_p cannot both be set": the first of them stays
+    if re.search(r"\bboth\b", text):
+        return max(named, key=named.get)
+    return min(named, key=named.get)
+
+
+def without_messages(text, messages, pattern):
+    """A refusal without the messages that it quotes, as far as the pattern is found in them."""
+    for message in messages:
+        content = str(message["content"])
+        if pattern.search(content):
+            text = text.replace(content, "").replace(json.dumps(content)[1:-1], "")
+    return text
 
 
 def drop_parameter(name, unsupported, model):
@@ -131,22 +190,60 @@ def drop_parameter(name, unsupported, model):
 
 
 def read_completion(body):
-    """The reply in the body of an endpoint's answer, or None where there is none in it."""
+    """What the body of an endpoint's answer says, or None where no answer is in it.
+
+    {reply, finish, usage} and, where it has them, the model that answered and logprobs. finish is
+    "stop" for a response that ended by itself, "length" for one that was cut.
+    """
     try:
         completion = json.loads(body)
         choice = completion["choices"][0]
-        content = choice["message"]["content"] or ""
-        usage = {**(completion.get("usage") or {})}
-    except (ValueError, LookupError, TypeError):  # no JSON, or JSON of another form
+        text = content_text(choice["message"].get("content"))
+    except (ValueError, LookupError, TypeError, AttributeError):  # no JSON, or one of another form
         return None
-    if not isinstance(content, str):
+    if text is None:
         return None
 
-    text = content.encode(errors="replace").decode()  # half of a surrogate pair is no text
-    reply = {"reply": text, "finish": choice.get("finish_reason"), "usage": usage}
+    text = text.encode(errors="replace").decode()  # half of a surrogate pair is no text
+    reply = {"reply": text, "finish": finish_of(choice.get("finish_reason")), "usage": {}}
+    if isinstance(completion.get("usage"), dict):
+        reply["usage"] = completion["usage"]
+    if isinstance(completion.get("model"), str):
+        reply["model"] = completion["model"]
     if choice.get("logprobs"):
         reply["logprobs"] = choice["logprobs"]
     return reply
+
+
+def content_text(content):
+    """The text of a message's content, which may come in parts; None for what is no content.
+
+    A part that is a thought (Mistral's reasoning models have such) is left out.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        return None
+
+    texts = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+        elif part.get("type") in ("text", "output_text"):
+            texts.append(part["text"])
+    return "".join(texts)
+
+
+def finish_of(reason):
+    """A server's finish reason as "stop" or "length" where it means that, else in lower case."""
+    if not isinstance(reason, str):
+        return reason
+    reason = reason.lower()
+    if reason in FINISHED:
+        return "stop"
+    if reason in CUT:
+        return "length"
+    return reason
 
 
 def without_key(client, text):
@@ -154,11 +251,14 @@ def without_key(client, text):
     return text.replace(client.api_key, "***")
 
 
-def local_model(model, *, engine, dtype, seed, tensor_parallel, gpu_memory, generate_rows):
+def local_model(
+    model, *, engine, dtype, seed, tensor_parallel, gpu_memory, generate_rows, arguments=None
+):
     """A way to answer questions by an engine of this process.
 
     Replies are kept after every 512 questions, so that a kill costs no more than those. All have
     the temperature and max_tokens of the first. A question too long for the model has an error.
+    arguments: of its chat template, as chat.template_arguments returns them.
     """
 
     def answer(questions, keep):
@@ -169,7 +269,9 @@ def local_model(model, *, engine, dtype, seed, tensor_parallel, gpu_memory, gene
 
         # a question too long for the model is answered at once, with an error
         room = context_length(model) - max_tokens
-        prompt_ids = [render(tokenizer, q["messages"], model, control) for q in questions]
+        prompt_ids = [
+            render(tokenizer, q["messages"], model, control, arguments=arguments) for q in questions
+        ]
         fitting, errors = sort_by_room(prompt_ids, room)
         keep(errors)
         if not fitting:
@@ -205,6 +307,10 @@ def local_model(model, *, engine, dtype, seed, tensor_parallel, gpu_memory, gene
                 ids, *_ = responses[0]
                 usage = {"prompt_tokens": len(prompt_ids[n]), "completion_tokens": len(ids)}
                 text = tokenizer.decode(ids, skip_special_tokens=True)
+                # a thought that the template has opened begins with its mark here too
+                prompt_ends = tokenizer.decode(prompt_ids[n][-16:]).rstrip()
+                if prompt_ends.endswith(THOUGHT_BEGINS):
+                    text = THOUGHT_BEGINS + text
                 replies[n] = {"reply": text, "usage": usage}
             keep(replies)
 
@@ -230,10 +336,12 @@ def ask(questions, out, answer):
     answer(questions, keep): an endpoint or a local_model, which calls keep({index: reply}) from any
     thread, in any order. Each reply is kept as it came, the moment it comes, in NAME.replies beside
     `out`. What this or an earlier run has there is not asked again, unless it is an error, and
-    equal questions are asked once.
+    equal questions are asked once. Raises InputError when one name has been answered by two models.
     """
     path = os.path.splitext(shard_path(out))[0] + ".replies"
     replies = read_replies(out, path)
+    served = {}  # the model asked for: the one that answers
+    check_served(replies.values(), served, path)
 
     # one question per key: equal ones share a reply
     keys = [key_of(question) for question in questions]
@@ -244,7 +352,7 @@ def ask(questions, out, answer):
             missing[key] = question
 
     if missing:
-        new = ask_missing(missing, path, answer)
+        new = ask_missing(missing, path, answer, served)
         replies.update(new)
         print(f"{len(missing)} questions asked, {already} replies were there; {totals(new, path)}")
     return [replies[key] for key in keys]
@@ -277,7 +385,26 @@ def read_replies(out, path):
     return replies
 
 
-def ask_missing(missing, path, answer):
+def check_served(replies, served, path):
+    """Raise InputError for a reply of another model than the first that answered to its name.
+
+    A provider may send a name to another model from one day to the next. served: {name asked for:
+    name in the replies} so far; added to.
+    """
+    for reply in replies:
+        asked = reply.get("asked")
+        model = reply.get("model")
+        if asked is None or model is None:  # a local model, or a server that does not say
+            continue
+        first = served.setdefault(asked, model)
+        if model != first:
+            raise InputError(
+                f"{path}: '{asked}' was answered by '{first}' and now by '{model}'; ask for a name "
+                "that stays one model, and remove this file"
+            )
+
+
+def ask_missing(missing, path, answer, served):
     """The replies {key: line} to questions {key: question}, appended to the file as they come."""
     keys = list(missing)
     replies = {}
@@ -288,8 +415,11 @@ def ask_missing(missing, path, answer):
         def keep(came):
             lines = []
             for n, reply in came.items():
-                about = missing[keys[n]].get("about")
-                lines.append({"key": keys[n], "about": about, **reply})
+                question = missing[keys[n]]
+                line = {"key": keys[n], "about": question.get("about"), **reply}
+                if "model" in reply:
+                    line["asked"] = question["model"]
+                lines.append(line)
             text = "".join(json.dumps(line) + "\n" for line in lines)
 
             # on the disk before it counts: a reply that was paid for is never asked again
@@ -300,6 +430,7 @@ def ask_missing(missing, path, answer):
                 for line in lines:
                     replies[line["key"]] = line
                 bar.update(len(lines))
+                check_served(lines, served, path)
 
         answer(list(missing.values()), keep)
     return {key: replies[key] for key in keys}

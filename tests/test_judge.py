@@ -17,7 +17,7 @@ import torch
 from conftest import PLAIN, ROOT, build_model, run, torchrun
 
 from nanoaipo import chat, files, judges, stages
-from nanoaipo.questions import ask, local_model
+from nanoaipo.questions import ask, local_model, read_completion
 
 KEY = "sk-planted-0123456789"
 ROWS = {
@@ -340,6 +340,221 @@ def test_a_question_that_is_refused_costs_its_own_reply_alone_and_is_asked_again
     server = Judge()
     assert rank(tmp_path, server.url).returncode == 0
     assert n_asked(server) == 2  # another address is the same judge
+
+
+def openai_error(message, **fields):
+    """A refusal in OpenAI's layout."""
+    return {"error": {"message": message, "type": "invalid_request_error", **fields}}
+
+
+def pydantic_error(name):
+    """A refusal of a parameter as pydantic words it, which repeats what was sent."""
+    detail = {
+        "type": "extra_forbidden",
+        "loc": ["body", name],
+        "msg": "Extra inputs are not allowed",
+    }
+    return {"detail": [detail | {"input": {"temperature": 0.7, "max_tokens": 512}}]}
+
+
+@pytest.mark.parametrize(
+    "status, body, name, instead",
+    [
+        (
+            400,
+            openai_error(
+                "Unsupported value: 'temperature' does not support 0.7 with this model. Only the "
+                "default (1) value is supported.",
+                param="temperature",
+                code="unsupported_value",
+            ),
+            "temperature",
+            None,
+        ),
+        (
+            400,
+            openai_error(
+                "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+                "'max_completion_tokens' instead."
+            ),
+            "max_tokens",
+            "max_completion_tokens",
+        ),
+        (
+            400,
+            openai_error("Unrecognized request argument supplied: max_tokens"),
+            "max_tokens",
+            None,
+        ),
+        (400, openai_error("Unknown parameter: 'temperature'.", param=None), "temperature", None),
+        (400, {"message": "temperature: Extra inputs are not permitted"}, "temperature", None),
+        (422, pydantic_error("temperature"), "temperature", None),
+        (
+            400,
+            [{"error": {"code": 400, "message": "Temperature is not enabled"}}],
+            "temperature",
+            None,
+        ),
+        (403, openai_error("You are not allowed to set temperature"), "temperature", None),
+    ],
+)
+def test_a_parameter_refused_in_any_words_is_left_out_and_each_question_is_paid_for_once(
+    tmp_path, status, body, name, instead
+):
+    def refuses(server, handler, text):
+        if name not in handler.body:
+            return False
+        handler.reply(body, status)
+        return True
+
+    candidates(tmp_path / "c.jsonl")
+    server = Judge(misbehave=refuses)
+
+    done = rank(tmp_path, server.url, judge_concurrency=1)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"does not take this {name}, asked without it") == 1
+    assert sum(server.served.values()) == 12
+    assert n_asked(server) == 13
+    accepted = server.bodies[-1]
+    assert instead is None or accepted[instead] == 512
+    for other in {"temperature", "max_tokens"} - {name}:
+        assert other in accepted
+
+
+def test_an_endpoint_that_refuses_every_parameter_is_asked_without_any_and_no_more(tmp_path):
+    def refuses(server, handler, text):
+        names = [*(handler.body.keys() - {"model", "messages"}), "temperature"]
+        handler.reply(openai_error(f"Unknown parameter: {names[0]}"), 400)
+        return True
+
+    candidates(tmp_path / "c.jsonl", {"x": ["a", "aa"]})
+    server = Judge(misbehave=refuses)
+
+    done = rank(tmp_path, server.url, judge_concurrency=1)
+
+    assert done.returncode == 1
+    assert "Unknown parameter" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert n_asked(server) == 3 + 4  # max_tokens has two names
+
+
+def test_a_question_that_is_too_long_or_filtered_costs_no_other_question_its_parameters(tmp_path):
+    filtered = "A temperature that is not supported"
+
+    def refuses(server, handler, text):
+        if "\naaaa\n" in text:
+            message = (
+                "'max_tokens' is too large: 512. The context has 4096 tokens, no more supported."
+            )
+            handler.reply(openai_error(message, param="max_tokens"), 400)
+            return True
+        if f"\n{filtered}\n" in text:
+            handler.reply(openai_error(f"Filtered: {text}"), 400)
+            return True
+        return False
+
+    candidates(tmp_path / "c.jsonl", {"x": ["a", "aaaa", "aa", filtered]})
+    server = Judge(misbehave=refuses)
+
+    done = rank(tmp_path, server.url)
+
+    assert done.returncode == 0, done.stderr
+    assert "4 refused" in done.stdout
+    assert "does not take" not in done.stdout
+    for body in server.bodies:
+        assert (body["temperature"], body["max_tokens"]) == (0.7, 512)
+
+
+@pytest.mark.parametrize(
+    "reason, finish",
+    [
+        ("stop", "stop"),
+        ("eos", "stop"),
+        ("eos_token", "stop"),
+        ("end_turn", "stop"),
+        ("STOP", "stop"),
+        ("stop_sequence", "stop"),
+        ("COMPLETE", "stop"),
+        ("length", "length"),
+        ("MAX_TOKENS", "length"),
+        ("model_length", "length"),
+        ("content_filter", "content_filter"),
+        ("SAFETY", "safety"),
+        (None, None),
+    ],
+)
+def test_the_finish_reasons_of_all_servers_are_one_vocabulary(reason, finish):
+    body = json.dumps(choice("yes", finish_reason=reason))
+
+    assert read_completion(body)["finish"] == finish
+
+
+THOUGHT_PART = {"type": "thinking", "thinking": [{"type": "text", "text": "Score: 1?"}]}
+
+
+@pytest.mark.parametrize(
+    "content, text",
+    [
+        (
+            [THOUGHT_PART, {"type": "text", "text": "Good.\n"}, {"type": "text", "text": "Yes"}],
+            "Good.\nYes",
+        ),
+        ([THOUGHT_PART], ""),  # cut inside its thought: paid for, and no answer
+        (["a", {"type": "output_text", "text": "b"}], "ab"),
+        ([], ""),
+        (None, ""),
+        ("half a pair: \ud83d", "half a pair: ?"),
+    ],
+)
+def test_content_in_parts_is_its_text_and_a_thought_is_none_of_it(content, text):
+    completion = choice(content, finish_reason="stop")
+    completion["choices"][0]["message"]["reasoning_content"] = "Score: 2"
+
+    assert read_completion(json.dumps(completion))["reply"] == text
+
+
+def test_a_message_without_content_is_a_reply_that_was_paid_for():
+    completion = {"choices": [{"message": {"role": "assistant"}, "finish_reason": "length"}]}
+
+    reply = read_completion(json.dumps(completion | {"model": "j-1", "usage": [1]}))
+
+    assert reply == {"reply": "", "finish": "length", "usage": {}, "model": "j-1"}
+
+
+def test_a_key_is_taken_without_the_white_space_around_it_and_refused_with_some_inside(tmp_path):
+    candidates(tmp_path / "c.jsonl", {"x": ["a", "aa"]})
+    server = Judge()
+    command = arguments(tmp_path, server.url)
+
+    split = run(*command, env={"OPENAI_API_KEY": "sk-one\nsk-two"})
+    padded = run(*command, env={"OPENAI_API_KEY": f" {KEY}\r\n"})
+
+    assert split.returncode == 1
+    assert "OPENAI_API_KEY: has characters that no key has" in split.stderr
+    assert "sk-one" not in split.stdout + split.stderr
+    assert padded.returncode == 0, padded.stderr
+    assert server.keys == {f"Bearer {KEY}"}
+
+
+def test_a_name_that_is_answered_by_another_model_is_refused_and_what_came_is_kept(tmp_path):
+    def moves_on(server, handler, text):
+        model = "j-2025" if n_asked(server) <= 4 else "j-2026"
+        handler.reply(choice("Score: 3", finish_reason="stop") | {"model": model})
+        return True
+
+    candidates(tmp_path / "c.jsonl")
+    server = Judge(misbehave=moves_on)
+
+    done = rank(tmp_path, server.url, judge_concurrency=1)
+    again = rank(tmp_path, server.url, judge_concurrency=1)
+
+    assert done.returncode == again.returncode == 1
+    message = "p.replies: 'some-judge' was answered by 'j-2025' and now by 'j-2026'"
+    assert message in done.stderr
+    assert message in again.stderr
+    assert n_asked(server) == len(kept(tmp_path)) < 12
+    assert not os.path.exists(tmp_path / "p.jsonl")
 
 
 def slow_judge(n):
