@@ -7,15 +7,37 @@ import re
 
 import torch
 
+from nanoaipo.chat import template_arguments
 from nanoaipo.errors import InputError
 from nanoaipo.questions import ask, endpoint, local_model
 from nanoaipo.stages import fingerprint
+from nanoaipo.thoughts import split_thought
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SCORE = re.compile(
-    r"^\W*(?:final )?score\b\W*(?:is\W*)?(\d+(?:\.\d+)?)", re.IGNORECASE | re.MULTILINE
+
+MARKUP = re.compile(r"\\[a-z]+|__", re.IGNORECASE)  # LaTeX's commands, such as \boxed; bold
+
+# "Score (0-5): 4": what the judge says of the score, on its line or, under a heading, the next one
+SCORE_LINE = re.compile(
+    r"^\W*(?:(?:final|total|overall) )?score\b(?:[^\w\n]*\n)*"
+    r"([^\w\n]*(?:\([^()\n]*\)\W*)?(?:is\W*)?\d.*)$",
+    re.IGNORECASE | re.MULTILINE,
 )
-VERDICT = re.compile(r"^\W*better\b\W*(?:response\W*)?(a|b|tie)\W*$", re.IGNORECASE | re.MULTILINE)
+REMARK = re.compile(r"\((?!\s*\d+(?:\.\d+)?\s*\))[^()]*\)")  # in brackets; (4) is none
+
+# one number from 0 up, perhaps "out of 5", and no second one beside it: no sum, no range
+POINTS = re.compile(
+    r"\W*(?:is\W*)?(?<![-−–<>≤≥.\d])(\d+(?:\.\d+)?)(?![\w%])(?:\s*points?\b)?"
+    r"(?:\W*(?:/|out of|of)\W*5(?:\.0)?)?"
+    r"(?!\W*(?:or\b|(?:to|and|plus|minus|out of|of)?\W*\d))(?!.*\+\W*\d)",
+    re.IGNORECASE,
+)
+
+# "Better: A"; a line that says something else in its place, such as "Better: A or B", has no group
+VERDICT = re.compile(
+    r"^\W*better\b(?:\W*(?:(?:response|answer)\W*)?(a|b|tie)\W*$|[^\w\n]*:.*$)",
+    re.IGNORECASE | re.MULTILINE,
+)
 
 
 def prompt_text(messages):
@@ -33,22 +55,31 @@ def from_rewards(rewards, temperature):
 
 
 def read_score(reply):
-    """The number on the last line "Score: N" of a reply, or None; above 5 it is no score."""
-    found = SCORE.findall(reply)
+    """The number on the last line "Score: N" of a reply, or None.
+
+    A sum counts as what it comes to. A range, a number below 0 or above 5, and what stands in a
+    thought are no score.
+    """
+    _, answer = split_thought(reply)
+    found = SCORE_LINE.findall(MARKUP.sub("", answer))
     if not found:
         return None
-    score = float(found[-1])
-    if score > 5:
+
+    line = REMARK.sub("", found[-1])
+    line = line.rpartition("=")[2]  # 1 + 1 + 0 = 2
+    match = POINTS.match(line)
+    if match is None or float(match[1]) > 5:
         return None
-    return score
+    return float(match[1])
 
 
 def read_verdict(reply):
     """The last line "Better: A", "B" or "tie" of a reply as 1, 0 or a half, or None."""
-    found = VERDICT.findall(reply)
+    _, answer = split_thought(reply)
+    found = VERDICT.findall(MARKUP.sub("", answer))
     if not found:
         return None
-    return {"a": 1.0, "b": 0.0, "tie": 0.5}[found[-1].lower()]
+    return {"a": 1.0, "b": 0.0, "tie": 0.5}.get(found[-1].lower())
 
 
 # mode: how a reply is read, and the fields of its template, the prompt's first
@@ -78,6 +109,8 @@ def judge(
     tensor_parallel,
     gpu_memory,
     generate_rows,
+    template_kwargs="",
+    date="",
     **_,
 ):
     """A ranker that asks a language model, here by an engine or at an OpenAI-compatible endpoint.
@@ -106,8 +139,11 @@ def judge(
             tensor_parallel=tensor_parallel,
             gpu_memory=gpu_memory,
             generate_rows=generate_rows,
+            arguments=template_arguments(template_kwargs, date),
         )
         identity = {"model": model, "weights": fingerprint(model), "seed": seed}
+        if template_kwargs:
+            identity["template_kwargs"] = template_kwargs
 
     def rank(rows):
         # judge_votes questions per response, or per ordered pair of responses

@@ -227,6 +227,8 @@ def test_preferences_of_0_are_ties_and_null_is_invalid(alpaca, tmp_path):
         (None, "I'm for M, not m", 1.0),
         (None, "I'm sure.", None),
         (None, "", None),
+        (None, "<think>Is it m?</think>M", 2.0),
+        (None, "<think>Is it m?", None),
     ],
 )
 def test_the_preference_of_a_reply(top, text, preference):
@@ -240,6 +242,12 @@ def test_the_preference_of_a_reply(top, text, preference):
         assert ours is None
     else:
         assert ours == pytest.approx(preference)
+
+
+def test_log_probs_of_no_other_token_leave_the_preference_to_the_text():
+    logprobs = {"content": [{"token": "M", "logprob": 0.0}]}
+
+    assert alpaca_eval.preference_of({"reply": "M", "logprobs": logprobs}) == 2.0
 
 
 def test_alpaca_eval_judged_by_log_probs_is_scored_by_the_same_command(alpaca, tmp_path):

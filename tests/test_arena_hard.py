@@ -138,8 +138,8 @@ def test_the_verdict_of_a_reply(reply, v01, v2):
 
 def test_arena_hard_plays_two_games_and_asks_once_more_for_a_verdict(tmp_path):
     replies = {  # of game 1, which shows the baseline first, and of game 2
-        "w": ("[[B>A]]", "[[A>>B]]"),
-        "s": ("[[A>B]] or [[B>A]]", "hm"),
+        "w": ("<think>[[A>B]]?</think>[[B>A]]", "[[A>>B]]"),
+        "s": ("[[A>B]] or [[B>A]]", "<think>[[A>B]]?"),  # the second is cut in its thought
         "g": ("[[B>>A]]", "let me think {x}"),
     }
     asked_on = {"w": "[[A>B]]", "s": "", "g": "[[A>B]]"}

@@ -116,9 +116,9 @@ def test_the_rating_of_a_reply(reply, value):
 def test_mt_bench_asks_with_the_template_of_the_category_and_the_judges_own_references(tmp_path):
     answers = mt_bench(tmp_path)
     replies = {
-        "SINGLE-V1": "Good. [[7]]",
+        "SINGLE-V1": "<think>\n[[3]]?\n</think>\n\nGood. [[7]]",
         "SINGLE-MATH-V1": "Rating: [4]",
-        "SINGLE-V1-MULTI-TURN": "no idea",
+        "SINGLE-V1-MULTI-TURN": "<think>\nno idea, [[9]] is",  # cut in its thought
         "SINGLE-MATH-V1-MULTI-TURN": "[[2.5]]",
     }
     server = Grader(lambda messages: replies[messages[0]["content"]])

@@ -19,6 +19,7 @@ from nanoaipo.benchmarks.answers import (
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
 from nanoaipo.stats import length_controlled, standard_error
+from nanoaipo.thoughts import split_thought
 
 REPOSITORY = "tatsu-lab/alpaca_eval"
 REVISION = "2edc6fad8be6b14ea7230aabfd08188da6b8b814"  # of the data set on the hub
@@ -309,7 +310,10 @@ def question_about(row, template):
 
 def first_tokens(reply):
     """The tokens of a reply with their log-probs, or None where the judge gives none."""
-    return (reply.get("logprobs") or {}).get("content")
+    tokens = (reply.get("logprobs") or {}).get("content")
+    if not tokens or "top_logprobs" not in tokens[0]:
+        return None
+    return tokens
 
 
 def preference_of(reply):
@@ -326,7 +330,8 @@ def preference_of(reply):
             return None
         return 2 - float(top.get("m", 0) / both)
 
-    letters = re.findall(r"(?<![\w'])[mM](?![\w'])", reply["reply"])
+    _, answer = split_thought(reply["reply"])
+    letters = re.findall(r"(?<![\w'])[mM](?![\w'])", answer)
     if not letters:
         return None
     return {"m": 1.0, "M": 2.0}[letters[-1]]

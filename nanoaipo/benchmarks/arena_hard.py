@@ -16,6 +16,7 @@ from nanoaipo.benchmarks.answers import (
 )
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
+from nanoaipo.thoughts import split_thought
 
 REPOSITORY = "lm-sys/arena-hard-auto"
 SUFFIX = ".jsonl"  # of a judgments file
@@ -243,7 +244,10 @@ def fill_template(settings, question, a, b):
 
 
 def play(games, ask, settings):
-    """Put the judge's reply into each game as `judgment`, and a second one if it has no verdict."""
+    """Put the judge's reply into each game as `judgment`, and a second one if it has no verdict.
+
+    answer: the same without thoughts, which may quote verdicts.
+    """
 
     def replies_to(some):
         questions = [
@@ -260,17 +264,19 @@ def play(games, ask, settings):
     # all games at once
     for game, reply in zip(games, replies_to(games)):
         game["judgment"] = reply
+        _, game["answer"] = split_thought(reply)
 
     # then once more those that ended without a verdict; an empty reply was refused
     silent = []
     for game in games:
-        if game["judgment"] and not re.search(r"\[\[[AB<>=]+\]\]", game["judgment"]):
+        if game["judgment"] and not re.search(r"\[\[[AB<>=]+\]\]", game["answer"]):
             silent.append(game)
             game["messages"].append({"role": "assistant", "content": game["judgment"]})
             game["messages"].append({"role": "user", "content": GO_ON})
     if silent:
         for game, reply in zip(silent, replies_to(silent)):
             game["judgment"] += "\n" + reply
+            game["answer"] += "\n" + split_thought(reply)[1]
 
 
 def record_of(key, question, fields, games):
@@ -282,7 +288,7 @@ def record_of(key, question, fields, games):
     row |= fields
     row["games"] = []
     for game in games:
-        verdict = verdict_of(game["judgment"], is_v2)
+        verdict = verdict_of(game["answer"], is_v2)
         text = game["messages"][1]["content"]
         row["games"].append({"user_prompt": text, "judgment": game["judgment"], "score": verdict})
     return row

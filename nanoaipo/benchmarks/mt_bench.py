@@ -16,6 +16,7 @@ from nanoaipo.benchmarks.answers import (
 )
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
+from nanoaipo.thoughts import split_thought
 
 REPOSITORY = "lm-sys/FastChat"
 SUFFIX = ".jsonl"  # of a judgments file
@@ -144,7 +145,8 @@ def judge(ask, bench_data, answers, baseline, judge_model):
     # the replies come in the order of the questions
     for row, reply in zip(rows, ask(questions)):
         row["judgment"] = reply["reply"]
-        row["score"] = rating_of(reply["reply"])
+        _, answer = split_thought(reply["reply"])  # a rating in a thought is none
+        row["score"] = rating_of(answer)
         row["tstamp"] = time.time()
     return rows
 
