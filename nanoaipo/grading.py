@@ -4,10 +4,14 @@
 "\\boxed{", "answer:" or "answer is".
 
     a number        equals the first number behind the last mark that has one behind it; if no mark
-                    has, the last number before the first mark (1,234.0 is 1234)
-    one capital     the same with choices, the words A and I aside
+                    has, the last number before the first mark. 1,234.0 is 1234, 1/2 and
+                    \\frac{1}{2} are 0.5, 1.5e3 and 1.5 \\times 10^3 are 1500; $ and % say nothing
+    several numbers "3, 5", "3 and 5" or "{3, 5}" is what is stated in the same place, in any order;
+                    a response without several numbers is searched for the text
+    one capital     the same with choices, the words A and I aside; "(B)" and "B," are B
     other text      stands behind the first mark, or anywhere without a mark, as whole words, upper
                     or lower case
+    a list          one of its answers is given
     {"accept": [...], "among": regex, "count": k}
                     at least k distinct texts in the response match `among`, and all of them are in
                     `accept`
@@ -16,25 +20,85 @@
 import re
 
 MARK = re.compile(r"####|\\boxed\{|\b(?i:answer)\b[*\s]*(?::|is\b)")  # what an answer stands behind
-NUMBER = re.compile(r"(?:(?<!\w)-)?(?:\d+(?:\.\d+)?|\.\d+)")
+NUMBER = re.compile(
+    r"(?:(?<!\w)-)?(?:\d+/0*[1-9]\d*|(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?)"
+)
+SEPARATOR = r"\s*(?:,\s*and\b|[,;]|\band\b|\bor\b)\s*(?:[a-z]\s*=\s*)?"  # x = 3 or x = 5
+NUMBERS = re.compile(rf"{NUMBER.pattern}(?:{SEPARATOR}{NUMBER.pattern})+")
 CHOICE = re.compile(r"(?<![\w'])(?:[B-HJ-Z]|[AI](?! [a-z]))(?![\w'])")  # not the words A and I
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3})")  # the commas of 1,234,567
 
+# other ways to write what NUMBER finds, and how it finds them
+SPELLINGS = [
+    (re.compile("−"), "-"),
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\\?[$€£¥%]"), ""),
+    (re.compile(r"\\text\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}"), r"\1/\2"),
+    (re.compile(r"(?<=\d)\s*(?:×|\\times|\\cdot|\*)\s*10\s*\^\s*\{?([+-]?\d+)\}?"), r"e\1"),
+]
+
 
 def is_right(text, answer):
-    """Whether a response gives the right answer; the rule is at the top of this file."""
+    """Whether a response gives the right answer; the rule is at the top of this file.
+
+    Raises LookupError, TypeError or re.error for an answer of none of its kinds.
+    """
     if isinstance(answer, dict):
         return states_only(text, answer)
+    if isinstance(answer, list):
+        if not answer:
+            raise TypeError("a list of no answers")
+        return any(is_right(text, one) for one in answer)
 
     # what kind of answer it is decides what is looked for in the response
     answer = str(answer).split("####")[-1].strip()  # GSM8K's own column ends so
-    number = THOUSANDS.sub("", answer)
+    boxed = re.fullmatch(r"\$*\\boxed\{(.*)\}\$*", answer)
+    if boxed:
+        answer = boxed[1]
+    number = THOUSANDS.sub("", respell(answer))
     if NUMBER.fullmatch(number):
-        stated = stated_answer(NUMBER, text)
-        return stated is not None and float(stated) == float(number)
-    if CHOICE.fullmatch(answer.replace(",", "")):  # "B," is one too, which no response can state
-        return stated_answer(CHOICE, text) == answer
+        stated = stated_answer(NUMBER, THOUSANDS.sub("", respell(text)))
+        if stated is not None and value(stated) == value(number):
+            return True
+        has_signs = re.search(r"[^\d.,-]", answer)
+        return has_signs is not None and says(text, answer)  # "$5 for 2" says $5
+
+    numbers = number.strip("\\{} ")
+    if NUMBERS.fullmatch(numbers):
+        return states_all(text, answer, numbers)
+    choice = answer.strip("(),. ")
+    if CHOICE.fullmatch(choice):
+        return stated_answer(CHOICE, text) == choice
     return says(text, answer)
+
+
+def respell(text):
+    """The text with its numbers written as NUMBER finds them, but for commas of thousands."""
+    for pattern, spelling in SPELLINGS:
+        text = pattern.sub(spelling, text)
+    return text
+
+
+def value(number):
+    """The value of a match of NUMBER."""
+    numerator, _, denominator = number.partition("/")
+    return float(numerator) / float(denominator or 1)
+
+
+def values(numbers):
+    """The sorted values of a match of NUMBERS."""
+    return sorted(value(number) for number in NUMBER.findall(numbers))
+
+
+def states_all(text, answer, numbers):
+    """Whether a response states these numbers, and no others with them, in any order."""
+    text = respell(text)
+    stated = [stated_answer(NUMBERS, text), stated_answer(NUMBERS, THOUSANDS.sub("", text))]
+    if stated == [None, None]:
+        return says(text, answer)
+    # 100,200 may be one number or two
+    return any(some is not None and values(some) == values(numbers) for some in stated)
 
 
 def stated_answer(pattern, text):
@@ -43,7 +107,7 @@ def stated_answer(pattern, text):
     The last mark with a match behind it decides, and there the first match. If no mark has one,
     it is the last match before all of them, where a derivation ends.
     """
-    before, *behind_marks = MARK.split(THOUSANDS.sub("", text))
+    before, *behind_marks = MARK.split(text)
     for part in reversed(behind_marks):
         match = pattern.search(part)
         if match:
