@@ -300,7 +300,8 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
     import losses
     from nanoaipo.checkpoints import load_newest_checkpoint, save_checkpoint
     from nanoaipo.packing import pack
-    from nanoaipo.policy import build_policy, flops, load_weights, matmul_rate, save_policy
+    from nanoaipo.policy import build_policy, flops, matmul_rate
+    from nanoaipo.weights import load_weights, save_policy
 
     # ---- what the objective reads
     if loss not in losses.OBJECTIVES:

@@ -45,8 +45,9 @@ def load(folder):
     import torch
     import torch.distributed as dist
 
-    from nanoaipo.policy import build_policy, load_weights
+    from nanoaipo.policy import build_policy
     from nanoaipo.processes import print0, stop_processes
+    from nanoaipo.weights import load_weights
 
     dist.init_process_group("gloo")
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("shard",))

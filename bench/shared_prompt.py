@@ -20,7 +20,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
 from nanoaipo.packing import layout, pack  # noqa: E402
-from nanoaipo.policy import build_policy, load_weights  # noqa: E402
+from nanoaipo.policy import build_policy  # noqa: E402
+from nanoaipo.weights import load_weights  # noqa: E402
 
 SHAPES = {  # a small head, as in models of billions, and a large one, as in small models
     "8M body, 1M head": dict(

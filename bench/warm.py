@@ -33,6 +33,7 @@ IMPORTED = (
     "openai",
     "peft",
     "nanoaipo.policy",
+    "nanoaipo.weights",
     "nanoaipo.rankers",
     "sklearn.feature_extraction.text",
 )

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from nanoaipo import chat
 from nanoaipo.errors import InputError
 from nanoaipo.packing import pack
-from nanoaipo.policy import build_policy, flops, load_weights, save_policy
+from nanoaipo.policy import build_policy, flops
+from nanoaipo.weights import load_weights, save_policy
 
 ARCHITECTURES = {
     "Llama": {},
