@@ -155,11 +155,25 @@ def make_buffers(lm, device, name):
 
 
 def add_adapters(lm, rank, alpha, dtype):
-    """The model with LoRA adapters (2106.09685) on all linear layers, which alone will train."""
+    """The model with LoRA adapters (2106.09685) on all linear layers, which alone will train.
+
+    The head, routers, and experts that are packed into one parameter stay as they are. Raises
+    InputError for a model without linear layers.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
-    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear")
-    lm = inject_adapter_in_model(settings, lm, low_cpu_mem_usage=True)
+    targets = []
+    for name, module in lm.named_modules():
+        is_linear = type(module) is torch.nn.Linear  # routers are of derived classes
+        if is_linear and module is not lm.get_output_embeddings():
+            targets.append(name)
+    if not targets:
+        raise InputError(f"--lora_rank={rank}: {lm.__class__.__name__} has no linear layers")
+
+    # peft adapts the experts of architectures that it knows; in a shell it knows none
+    shell = torch.nn.ModuleDict({"lm": lm})
+    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
+    inject_adapter_in_model(settings, shell, low_cpu_mem_usage=True)
     for parameter in lm.parameters():
         if parameter.requires_grad:  # the adapters
             parameter.data = parameter.data.to(torch.float32)
