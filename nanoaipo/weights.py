@@ -1,17 +1,34 @@
 """The policy's weights, between a folder of safetensors and the processes that share them.
 
 load_weights fills a policy built by policy.py; save_policy writes it as a Hugging Face folder.
+A file's names for weights are often not the model's: transformers 5 packs the experts of a layer
+into one parameter, renames heads, and knows how to do so and to undo it. We call it for that.
 """
 
+import copy
+import functools
 import os
+import re
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import GenerationConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
-from nanoaipo.errors import InputError
+from nanoaipo.errors import InputError, reason_of
+from nanoaipo.model_folders import check_not_quantized, quantization_error, weight_file_names
+
+# The text model within a multimodal one: language_model.model.layers, model.language_model.layers
+TEXT_MODEL = re.compile(r"^(model\.)?(?:language_model|text_model)\.")
 
 # ---- load: each process reads the rows that it holds ----
 
@@ -20,12 +37,10 @@ def load_weights(policy, name, seed=0):
     """Fill the policy from safetensors: every process reads the rows of each weight that it holds.
 
     Adapters start as in LoRA: A random, from the seed, and B zero, so that the policy is the model
-    it starts from. Raises InputError for a weight that is missing or has another shape.
+    it starts from. Raises InputError for a weight that is missing, quantized, or of another shape.
     """
-    folder = name
-    if not os.path.isdir(name):
-        folder = download(name)
-    path_of = weight_files(folder)
+    check_not_quantized(name)
+    stored = StoredWeights(policy.lm, local_folder(name))
     rng = torch.Generator().manual_seed(seed)
 
     state = {}
@@ -44,15 +59,32 @@ def load_weights(policy, name, seed=0):
             elif ".lora_B." in key:
                 local = torch.zeros(shape)
             else:
-                stored_key = key.replace(".base_layer.", ".")
-                local = read_rows(path_of, stored_key, parameter.shape, mine, folder)
+                local = stored.rows(without_adapter(key), parameter.shape, mine)
             filled[id(parameter)] = as_shard(local, parameter)
         state[key] = filled[id(parameter)]
     policy.lm.load_state_dict(state, strict=False, assign=True)
 
+    # Buffers are small, and whole in every process
+    for key, buffer in persistent_buffers(policy.lm).items():
+        buffer.copy_(stored.rows(without_adapter(key), buffer.shape, ...))
 
-def download(name):
-    """Folder of a hub model's weights and settings, fetched unless it is there."""
+    # save_policy undoes what was done to the names of these files, as transformers does
+    policy.lm._weight_conversions = stored.used_conversions()
+
+
+def stores_head(name):
+    """Whether the files of a folder or hub model hold an output head; else it is the embedding.
+
+    A multimodal model's config.json may say one thing, that of its text model another.
+    """
+    return any(key.endswith("lm_head.weight") for key in weight_files(local_folder(name)))
+
+
+def local_folder(name):
+    """The folder of this name, or of a hub model's weights and settings, fetched if need be."""
+    if os.path.isdir(name):
+        return name
+
     from huggingface_hub import snapshot_download
 
     return snapshot_download(
@@ -62,12 +94,125 @@ def download(name):
     )
 
 
+def without_adapter(key):
+    """The name of a weight before adapters were added."""
+    return key.replace(".base_layer.", ".")
+
+
+def persistent_buffers(lm):
+    """Buffers that files of weights hold, {name: buffer}: a router's bias, a layer's scale."""
+    held = lm.state_dict()
+    buffers = {}
+    for key, buffer in lm.named_buffers():
+        if key in held:
+            buffers[key] = buffer
+    return buffers
+
+
+class StoredWeights:
+    """The weights in a folder of safetensors, by the model's own names for them."""
+
+    def __init__(self, lm, folder):
+        """Find what each weight of lm is made of, by the conversions that transformers has."""
+        self.lm = lm
+        self.folder = folder
+        self.path_of = weight_files(folder)
+        self.stored_key = {}  # by name: of a weight that is stored as it is
+        self.converter = {}  # by name: of a weight that is made of others
+        self.made = {}  # by name: whole weights that a converter has made, until they are asked for
+
+        # What transformers would do to names and weights of this architecture
+        self.conversions = get_model_conversion_mapping(lm)
+        renamings = [x for x in self.conversions if isinstance(x, WeightRenaming)]
+        converters = [x for x in self.conversions if isinstance(x, WeightConverter)]
+        converter_of = {}
+        for converter in converters:
+            for pattern in converter.source_patterns:
+                converter_of[pattern] = converter
+
+        names = {without_adapter(key): value for key, value in lm.state_dict().items()}
+        for stored_key in sorted(self.path_of, key=dot_natural_key):  # experts by their numbers
+            key = stored_key
+            if key not in names:
+                key = TEXT_MODEL.sub(r"\1", key)
+            name, pattern = rename_source_key(
+                key, renamings, converters, lm.base_model_prefix, names
+            )
+
+            # A name that only looks as if it had to be changed
+            if name not in names and key in names:
+                name, pattern = key, None
+
+            # Weights that the text model has no use for: an image encoder, a second head
+            if name not in names:
+                continue
+
+            if pattern is None:
+                self.stored_key[name] = stored_key
+                continue
+            converter = self.converter.get(name)
+            if converter is None:
+                converter = copy.deepcopy(converter_of[pattern])
+                for target in converter.target_patterns:
+                    made = name.replace(converter.target_patterns[0], target)
+                    self.converter[made] = converter
+            read = functools.partial(self.read, stored_key)
+            converter.add_tensor(name, stored_key, pattern, read)
+
+    def rows(self, name, shape, rows):
+        """These rows, a slice, of the weight of this name and (whole) shape.
+
+        Raises InputError for a weight that is missing, quantized, or of another shape.
+        """
+        if name in self.stored_key:
+            return self.read(self.stored_key[name], rows, shape)
+        if name not in self.made:
+            self.make(name)
+        whole = self.made.pop(name)
+        self.check_shape(name, list(whole.shape), shape)
+        return whole[rows]
+
+    def read(self, key, rows=..., shape=None):
+        """Rows of the weight of this name in the files; its shape is checked if it is given."""
+        # The file is opened anew for each weight, so that its mapped pages do not add up in memory
+        with safe_open(self.path_of[key], "pt") as f:
+            stored = f.get_slice(key)
+            if stored.get_dtype().startswith(("F8", "F6", "F4", "I8", "U8")):
+                raise quantization_error(self.folder, stored.get_dtype())
+            if shape is not None:
+                self.check_shape(key, stored.get_shape(), shape)
+            return stored[rows]
+
+    def make(self, name):
+        """Make this weight, and what is made with it, of the weights that it is stored as."""
+        if name not in self.converter:
+            raise InputError(f"--model={self.folder}: weight {name} is missing in its safetensors")
+        converter = self.converter[name]
+        try:
+            self.made |= converter.convert(name, model=self.lm, config=self.lm.config)
+        except (RuntimeError, IndexError) as e:  # parts whose shapes do not fit, or too few of them
+            raise InputError(
+                f"--model={self.folder}: weight {name} cannot be made of its parts in the "
+                f"safetensors ({reason_of(e)})"
+            ) from e
+
+    def check_shape(self, name, stored, configured):
+        """Raise InputError unless a weight has the shape that the model gives it."""
+        if stored != list(configured):
+            raise InputError(
+                f"--model={self.folder}: weight {name} has shape {stored}, "
+                f"its config.json says {list(configured)}"
+            )
+
+    def used_conversions(self):
+        """The conversions that these files needed."""
+        return [conversion for conversion in self.conversions if conversion.was_used()]
+
+
 def weight_files(folder):
     """The file of each weight, {name: path}; raises InputError for a broken file, or none."""
     path_of = {}
-    for file in sorted(os.listdir(folder)):
-        if not file.endswith(".safetensors"):
-            continue
+    for file in weight_file_names(folder):
         path = os.path.join(folder, file)
         try:
             with safe_open(path, "pt") as f:
@@ -80,22 +225,6 @@ def weight_files(folder):
             f"--model={folder}: no *.safetensors in it; other formats can run code and are not read"
         )
     return path_of
-
-
-def read_rows(path_of, key, shape, rows, folder):
-    """These rows, a slice, of the weight of this name and (whole) shape, from its file."""
-    if key not in path_of:
-        raise InputError(f"--model={folder}: weight {key} is missing in its safetensors")
-
-    # The file is opened anew for each weight, so that its mapped pages do not add up in memory
-    with safe_open(path_of[key], "pt") as f:
-        stored = f.get_slice(key)
-        if stored.get_shape() != list(shape):
-            raise InputError(
-                f"--model={folder}: weight {key} has shape {stored.get_shape()}, "
-                f"its config.json says {list(shape)}"
-            )
-        return stored[rows]
 
 
 def as_shard(local, parameter):
@@ -129,15 +258,22 @@ def save_policy(policy, folder, dtype, tokenizer, eos_ids, rank):
             weight = weight.float() + adapter_product(policy.lm, parameters, key)
         if rank == 0:
             # A copy, because gathered rows may lie in a longer buffer
-            stored_key = key.replace(".base_layer.", ".")
-            state[stored_key] = weight.to("cpu", dtype, copy=True)
+            state[without_adapter(key)] = weight.to("cpu", dtype, copy=True)
+    for key, buffer in persistent_buffers(policy.lm).items():
+        state[without_adapter(key)] = buffer.to("cpu", copy=True)
     if rank != 0:
         return
+
+    # The layout of the files that were loaded; parts of one weight get memory of their own
+    state = revert_weight_conversion(policy.lm, state)
+    for key in state:
+        state[key] = state[key].clone(memory_format=torch.contiguous_format)
 
     from huggingface_hub import save_torch_state_dict
 
     save_torch_state_dict(state, folder, metadata={"format": "pt"})
     policy.lm.config.dtype = dtype
+    policy.lm.config.architectures = [policy.lm.__class__.__name__]  # not that of a wrapper
     policy.lm.config.save_pretrained(folder)
     generation = GenerationConfig(
         eos_token_id=sorted(eos_ids),

@@ -1,0 +1,95 @@
+"""What a model folder says of itself, read before anything is loaded from it."""
+
+import json
+import os
+
+from nanoaipo.errors import InputError, reason_of
+
+
+def check_has_model(name, setting="model"):
+    """Raise InputError for a folder or hub model that holds an adapter and no model."""
+    if find_file(name, "config.json"):
+        return
+    path = find_file(name, "adapter_config.json")
+    if path is None:
+        return
+    base = read_json(path).get("base_model_name_or_path")
+    raise InputError(
+        f"--{setting}={name}: an adapter and no model; merge it into its base ({base}) first, "
+        "with peft's merge_and_unload"
+    )
+
+
+def check_not_quantized(name, setting="model"):
+    """Raise InputError if config.json says that the weights are codes and not numbers."""
+    path = find_file(name, "config.json")
+    if path is None:
+        return
+
+    # The text model of a multimodal one has settings of its own
+    config = read_json(path)
+    for part in (config, *config.values()):
+        if isinstance(part, dict) and part.get("quantization_config"):
+            method = part["quantization_config"].get("quant_method", "quantization_config")
+            raise quantization_error(name, method, setting)
+
+
+def quantization_error(name, method, setting="model"):
+    """The InputError for quantized weights; method: its name, or the type that is stored."""
+    return InputError(
+        f"--{setting}={name}: its weights are quantized ({method}); "
+        "training needs the bfloat16 release"
+    )
+
+
+def find_file(name, file):
+    """Path of a file in a folder or of a hub model, or None if it has no such file."""
+    if os.path.isdir(name):
+        path = os.path.join(name, file)
+        return path if os.path.exists(path) else None
+
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(name, file)
+    except Exception:  # hub errors come in many classes; whoever loads the model will name them
+        return None
+
+
+def read_json(path):
+    """The object in a JSON file; raises InputError if it holds none."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            value = json.load(f)
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: no JSON ({reason_of(e)})") from e
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: no JSON object")
+    return value
+
+
+def weight_file_names(folder):
+    """Names of the files that hold a folder's model: what its index names, if it has one.
+
+    Raises InputError for a file that the index names and that is missing.
+    """
+    index = os.path.join(folder, "model.safetensors.index.json")
+    if os.path.exists(index):
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise InputError(f"{index}: no weight_map in it")
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            if not os.path.exists(os.path.join(folder, name)):
+                raise InputError(f"{index}: it names {name}, which is missing; fetch it again")
+        return names
+
+    if os.path.exists(os.path.join(folder, "model.safetensors")):
+        return ["model.safetensors"]
+
+    # Neither an adapter beside the model, nor the same weights in Mistral's own layout
+    names = []
+    for name in sorted(os.listdir(folder)):
+        if name.endswith(".safetensors") and not name.startswith(("adapter_", "consolidated")):
+            names.append(name)
+    return names
