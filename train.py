@@ -135,8 +135,10 @@ def label_columns(records, symbol_names):
     return columns
 
 
-def plan_steps(n_tokens):
-    """Which process computes which pairs when, fixed before the first step; n_tokens: of each pair.
+def plan_steps(n_tokens, padded):
+    """Which process computes which pairs when, fixed before the first step.
+
+    n_tokens: to compute for each pair. padded: whether they are, in rows of the longest.
 
     A list of steps. A step is a list of micro-batches, a micro-batch a list of indices of pairs
     for each process.
@@ -149,7 +151,7 @@ def plan_steps(n_tokens):
         order = list(range(len(n_tokens)))
         if shuffle:
             rng.shuffle(order)
-        steps += plan(n_tokens, order, batch_size, WORLD_SIZE, tokens_per_microbatch)
+        steps += plan(n_tokens, order, batch_size, WORLD_SIZE, tokens_per_microbatch, padded)
     if max_steps:
         steps = steps[:max_steps]
     return steps
@@ -331,6 +333,8 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
         lora_alpha=lora_alpha,
         squares=wpo,
     )
+    if policy.reason:
+        print0(f"padded rows, one sequence each: {policy.reason}")
     load_weights(policy, model, seed)
     trained = {name: p for name, p in policy.lm.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
@@ -368,7 +372,14 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
     n_tokens = [
         len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in records
     ]
-    steps = plan_steps(n_tokens)
+    if policy.kernel == "padded":
+        row_sizes = [
+            2 * (len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])))
+            for r in records
+        ]
+        steps = plan_steps(row_sizes, padded=True)
+    else:
+        steps = plan_steps(n_tokens, padded=False)
 
     # ---- reference log-probs, (pairs, 2): one epoch has every pair that will be trained on
     output_dir = final_dir + ".tmp"

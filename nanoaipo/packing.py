@@ -1,4 +1,4 @@
-"""Which process computes what when; a micro-batch as one row; attention over its sequences.
+"""Which process computes what when; a micro-batch as rows; attention over its sequences.
 
 A micro-batch is one row of tokens, (1, T), without padding. A pair lies in it as prompt, chosen,
 rejected, so each token of the prompt is computed once (prefix sharing, 2410.20305). Only attention
@@ -10,6 +10,9 @@ each, and copy one result per token back:
 
     packed_sdpa      PyTorch's scaled_dot_product_attention on padded blocks; runs anywhere
     packed_varlen    PyTorch's variable-length flash attention on a flat list; CUDA, 16 bits
+
+Where these would be wrong (layouts.py finds out), a micro-batch is padded rows with one sequence
+each, and the model's own attention computes them. Our word for that kernel is "padded".
 """
 
 import math
@@ -24,7 +27,7 @@ from nanoaipo.errors import InputError
 
 
 def batches_by_length(lengths, budget):
-    """Yield lists of indices, longest first; the rankers' batches, not the training's.
+    """Yield lists of indices, longest first: the rankers' batches, and padded ones of training.
 
     A list padded to its longest takes `budget` tokens at most, or it is one index alone.
     """
@@ -37,19 +40,34 @@ def batches_by_length(lengths, budget):
         start += size
 
 
-def plan(lengths, order, batch_size, world_size, budget):
+def plan(lengths, order, batch_size, world_size, budget, padded=False):
     """For each step a list of micro-batches, and each micro-batch a list of pairs per process.
 
     lengths: tokens to compute for each pair. order: the pairs' indices as the optimizer shall see
     them, batch_size a step; the last step takes what is left. No micro-batch of a process exceeds
     `budget` tokens, unless one pair alone does. All processes compute equally many micro-batches,
     because their collectives have to meet; so a list may be empty.
+
+    padded: a micro-batch of a process takes as many tokens as its longest pair times its pairs.
     """
     steps = []
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        steps.append(plan_step(lengths, batch, world_size, budget))
+        if padded:
+            steps.append(plan_padded_step(lengths, batch, world_size, budget))
+        else:
+            steps.append(plan_step(lengths, batch, world_size, budget))
     return steps
+
+
+def plan_padded_step(lengths, batch, world_size, budget):
+    """The micro-batches of one step, as `plan` has them, of pairs that are about equally long."""
+    groups = []
+    for places in batches_by_length([lengths[i] for i in batch], budget):
+        groups.append([batch[place] for place in places])
+    while len(groups) % world_size:
+        groups.append([])
+    return [groups[start : start + world_size] for start in range(0, len(groups), world_size)]
 
 
 def plan_step(lengths, batch, world_size, budget):
@@ -87,7 +105,7 @@ def deal(lengths, longest_first, n_groups):
     return [sorted(groups[g]) for g in fullest_first], max(n_tokens)
 
 
-# ---- a micro-batch as one row ----
+# ---- a micro-batch as one row, or as padded rows ----
 
 
 def pack(pairs, kernel):
@@ -105,8 +123,10 @@ def pack(pairs, kernel):
         lengths    (2B,)    [2 1], of chosen and rejected of each pair in turn
 
     N counts the response tokens of all pairs. padding: the share of what attention computes that is
-    no token; the row itself has none.
+    no token; the row itself has none. For the kernel "padded" there are rows as of `pad`.
     """
+    if kernel == "padded":
+        return pad(pairs)
     ids = []
     positions = []
     sequences = []
@@ -148,6 +168,53 @@ def pack(pairs, kernel):
         "labels": torch.cat(labels),  # (N,)
         "segments": segments,
     }
+    return row, lengths, padding
+
+
+def pad(pairs):
+    """Rows (n, L) with one sequence each, padded on the right; returns what pack returns.
+
+    The pair of pack's example, with places counted over both rows:
+
+        input_ids     (n, L)   p0 p1 p2 c0 c1
+                               p0 p1 p2 r0  0       padding is token 0
+        position_ids  (n, L)   0  1  2  3  4
+                               0  1  2  3  0
+        index         (N,)     [2 3 7]
+        labels, lengths        as of pack
+
+    No mask is needed: padding stands last, so nothing causal sees it.
+    """
+    ids = []
+    responses = []
+    for pair in pairs:
+        prompt = token_ids(pair["prompt_ids"])  # (P,)
+        for key in ("chosen_ids", "rejected_ids"):
+            response = token_ids(pair[key])  # (R,)
+            ids.append(torch.cat([prompt, response]))
+            responses.append(response)
+    lengths = torch.tensor([len(response) for response in responses])  # (2B,)
+
+    # A process without pairs computes one token and no label, for the sake of the collectives
+    if not pairs:
+        ids = [torch.zeros(1, dtype=torch.long)]
+        responses = [torch.zeros(0, dtype=torch.long)]
+
+    input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)  # (n, L)
+    positions = [torch.arange(len(sequence)) for sequence in ids]
+    longest = input_ids.shape[1]
+    index = []
+    for i, (sequence, response) in enumerate(zip(ids, responses)):
+        # A token is predicted where the one before it stands
+        end = i * longest + len(sequence) - 1
+        index.append(torch.arange(end - len(response), end))
+    row = {
+        "input_ids": input_ids,
+        "position_ids": torch.nn.utils.rnn.pad_sequence(positions, batch_first=True),  # (n, L)
+        "index": torch.cat(index),  # (N,)
+        "labels": torch.cat(responses),  # (N,)
+    }
+    padding = 1 - sum(len(sequence) for sequence in ids) / input_ids.numel()
     return row, lengths, padding
 
 
@@ -224,6 +291,33 @@ def first_slots(slots):
 
 # ---- attention over the sequences of a row, as transformers' layers call it ----
 
+# Arguments that change nothing here: positions are in query and key, dropout is off (policy.py)
+HARMLESS = {
+    "cache_position",
+    "dropout",
+    "is_causal",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+}
+
+
+def refuse_others(module, segments, attention_mask, s_aux, others):
+    """Raise InputError for what attention is asked to do, and our functions cannot."""
+    layer = module.__class__.__name__
+    if segments is None:
+        raise InputError(f"{layer}: layers do not hand the row's sequences to attention")
+    if s_aux is not None:
+        raise InputError(f"{layer}: attention sinks are not supported")
+    if attention_mask is not None:
+        raise InputError(f"{layer}: a mask of its own")
+    for key, value in others.items():
+        if key not in HARMLESS and value is not None:
+            raise InputError(f"{layer}: the argument '{key}' of attention is unknown")
+
 
 def take(x, index):
     """Rows of x (T, H, d) by index (...,): (..., H, d).
@@ -270,14 +364,14 @@ def packed_sdpa(
     sliding_window=None,
     softcap=None,
     s_aux=None,
-    **_,
+    **others,
 ):
     """Causal attention within each sequence: (1, H, T, d) -> (1, T, H, d).
 
-    Runs anywhere; soft-caps and windows are exact. Raises InputError for attention sinks.
+    Runs anywhere; soft-caps and windows are exact. Raises InputError for attention sinks, a mask,
+    and arguments that it does not know.
     """
-    if s_aux is not None:
-        raise InputError(f"{module.__class__.__name__}: attention sinks are not supported")
+    refuse_others(module, segments, attention_mask, s_aux, others)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, d)
 
     outputs = []
@@ -313,11 +407,12 @@ def packed_varlen(
     sliding_window=None,
     softcap=None,
     s_aux=None,
-    **_,
+    **others,
 ):
     """What packed_sdpa computes, by PyTorch's variable-length flash kernel: CUDA, 16 bits.
 
-    Raises InputError for soft-caps and attention sinks, which the kernel does not have.
+    Raises InputError for soft-caps, which the kernel does not have, and for what packed_sdpa
+    refuses.
     """
     from torch.nn.attention import varlen
 
@@ -326,6 +421,7 @@ def packed_varlen(
             f"{module.__class__.__name__}: "
             "the variable-length kernel has no soft-capping and no attention sinks"
         )
+    refuse_others(module, segments, attention_mask, s_aux, others)
     flat = segments["flat"]
     q, k, v = (take(x[0].transpose(0, 1), flat) for x in (query, key, value))  # (S, H, d)
     repeats = q.shape[1] // k.shape[1]  # query heads that share one key head

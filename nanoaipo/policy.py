@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import losses
-from nanoaipo import packing  # noqa: F401 (it registers the attention functions)
+from nanoaipo import layouts
 from nanoaipo.errors import InputError
 
 
@@ -22,30 +22,45 @@ class Policy(torch.nn.Module):
     FSDP gathers the head's weight for the root's forward, so it is whole when losses.logprob runs.
     """
 
-    def __init__(self, lm, chunk, squares):
+    def __init__(self, lm, kernel, reason, attention_width, chunk, squares, factor, softcap):
         super().__init__()
         self.lm = lm
+        self.kernel = kernel  # for packing.pack
+        self.reason = reason  # why rows are padded, "" if they are not
+        self.attention_width = attention_width
         self.chunk = chunk
         self.squares = squares
-        self.kernel = lm.config._attn_implementation
-        self.softcap = getattr(lm.config, "final_logit_softcapping", None)
+        self.factor = factor  # on the logits
+        self.softcap = softcap
+        self.moving_rope = bool(layouts.moving_ropes(lm))
 
-    def forward(self, input_ids, position_ids, index, labels, segments):
-        """Log-probs (N,) of the labels (N,), predicted at index (N,) of the row input_ids (1, T).
+    def forward(self, input_ids, position_ids, index, labels, segments=None):
+        """Log-probs (N,) of the labels (N,), predicted at index (N,) of the rows input_ids (n, L).
 
-        The arguments are those of packing.pack. With squares there are two results, as of
-        losses.logprob.
+        The arguments are those of packing.pack, without segments where rows are padded. With
+        squares there are two results, as of losses.logprob.
         """
-        output = self.lm.base_model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, segments=segments
-        )
-        hidden = output.last_hidden_state[0, index]  # (N, D)
+        if segments is not None:
+            layout = {"position_ids": position_ids, "segments": segments}
+        elif self.moving_rope:
+            layout = {"position_ids": position_ids}
+        else:
+            layout = {}  # one sequence a row, from position 0: what any model computes by itself
+        output = layouts.text_model(self.lm)(input_ids=input_ids, use_cache=False, **layout)
+        hidden = output.last_hidden_state.flatten(0, 1)[index]  # (N, D)
+
         head = self.lm.get_output_embeddings()
         weight = head.weight  # (V, D)
+        hidden = hidden.to(weight.dtype)  # Mamba's are float32
+
+        # Scaled before the head, the logits come out scaled; exact where the factor is a power of
+        # 2, as published ones mostly are
+        if self.factor != 1.0:
+            hidden = hidden * self.factor
 
         # Phi-2's head has a bias: one more column of the head, which always meets a 1
-        if head.bias is not None:
-            ones = hidden.new_ones(len(hidden), 1)
+        if getattr(head, "bias", None) is not None:
+            ones = hidden.new_full((len(hidden), 1), self.factor)
             hidden = torch.cat([hidden, ones], 1)  # (N, D + 1)
             weight = torch.cat([weight, head.bias[:, None]], 1)  # (V, D + 1)
         return losses.logprob(hidden, weight, labels, self.chunk, self.softcap, self.squares)
@@ -66,24 +81,39 @@ def build_policy(
     if mesh.device_type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
 
-    # The architecture, from config.json alone
-    config = AutoConfig.from_pretrained(name)
+    # The architecture, from config.json alone; of a model that also sees or hears, the text part
+    config = AutoConfig.from_pretrained(name).get_text_config()
     turn_off_dropout(config)
-    kernel = choose_kernel(config, device, dtype)
+    check_architecture(config, name)
+
+    # Packed rows where they are exact, else one sequence a row and the model's own attention
+    reason, calls = layouts.dry_run(config)
+    kernel = choose_kernel(reason, calls, device, dtype)
+    attention = kernel
+    if kernel == "padded":
+        attention = layouts.own_attention(config, calls)
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=kernel
+            config, dtype=torch.float32, attn_implementation=attention
         )
-    check_supported(lm, name)
+    if lm.get_output_embeddings() is None or layouts.decoder_layers(lm) is None:
+        raise InputError(
+            f"--model={name}: architecture {lm.__class__.__name__} is not supported "
+            "(its head or its layers)"
+        )
+    factor, softcap = layouts.logit_shape(lm, name)
     make_buffers(lm, device, name)
+    layouts.rope_by_row(lm)
 
     # What trains, and how
     if lora_rank:
         lm = add_adapters(lm, lora_rank, lora_alpha, dtype)
-    lm.train()
+    make_deterministic(lm)
     if recompute:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
-    return shard(Policy(lm, chunk, squares), mesh, dtype, compile)
+        recompute_layers(lm, name)
+    width = attention_width(config, calls)
+    policy = Policy(lm, kernel, reason, width, chunk, squares, factor, softcap)
+    return shard(policy, mesh, dtype, compile)
 
 
 def turn_off_dropout(config):
@@ -93,65 +123,116 @@ def turn_off_dropout(config):
             setattr(config, key, 0.0)
 
 
+def check_architecture(config, name):
+    """Raise InputError for what transformers does not know as a causal language model."""
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise InputError(
+            f"--model={name}: transformers has no causal language model of type "
+            f"'{config.model_type}'"
+        )
+
+
 def head_width(config):
     """Numbers in one attention head."""
     head_dim = getattr(config, "head_dim", None)
     return head_dim or config.hidden_size // config.num_attention_heads
 
 
-def choose_kernel(config, device, dtype):
-    """Name of the attention function: packed_varlen if it can compute this model here."""
-    width = head_width(config)
+def attention_width(config, calls):
+    """Numbers that a token has in all heads of all layers, for `flops`; calls: layouts.dry_run's.
+
+    Where the dry run saw no calls the config has to tell; linear attention does not count.
+    """
+    if calls:
+        return sum(call["heads"] * sum(call["widths"]) for call in calls) // 2
+    n_layers = config.num_hidden_layers
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
+        others = ("linear_attention", "conv", "mamba", "moe", "mlp")
+        n_layers = sum(layer_type not in others for layer_type in layer_types)
+    if n_layers == 0 or not getattr(config, "num_attention_heads", None):
+        return 0
+    return n_layers * config.num_attention_heads * head_width(config)
+
+
+def choose_kernel(reason, calls, device, dtype):
+    """The kernel for packing.pack: padded if there is a reason, packed_varlen if it can compute.
+
+    reason, calls: of layouts.dry_run.
+    """
+    if reason:
+        return "padded"
     if device.type != "cuda" or dtype == torch.float32:
         return "packed_sdpa"
     if torch.cuda.get_device_capability() < (8, 0):  # before Ampere
         return "packed_sdpa"
-    if width % 8 != 0 or width > 256:
-        return "packed_sdpa"
-    if getattr(config, "attn_logit_softcapping", None):  # Gemma-2
-        return "packed_sdpa"
+    for call in calls:
+        query_width, value_width = call["widths"]
+        if query_width % 8 != 0 or query_width > 256 or value_width != query_width:
+            return "packed_sdpa"
+        if call["arguments"].get("softcap") is not None:  # Gemma-2
+            return "packed_sdpa"
     return "packed_varlen"
-
-
-def check_supported(lm, name):
-    """Raise InputError for a model that Policy.forward would compute wrongly, or not at all."""
-    # Factors on the logits, which losses.logprob does not apply
-    unsupported = []
-    for key in ("logit_scale", "logits_scaling"):
-        if getattr(lm.config, key, None) not in (None, 1.0):
-            unsupported.append(key)
-
-    # Layers that mix tokens by other means than attention, which alone knows of the row's sequences
-    layer_types = set(getattr(lm.config, "layer_types", None) or ())
-    unsupported += sorted(layer_types - {"full_attention", "sliding_attention"})
-    is_stateful = getattr(lm, "_is_stateful", False)
-
-    has_head = lm.get_output_embeddings() is not None
-    has_layers = hasattr(lm.base_model, "layers")
-    if unsupported or is_stateful or not has_head or not has_layers:
-        reason = unsupported or "its head or its layers"
-        raise InputError(
-            f"--model={name}: architecture {lm.__class__.__name__} is not supported ({reason})"
-        )
 
 
 def make_buffers(lm, device, name):
     """Compute rotary tables and the like on the device: files of weights do not hold them.
 
-    Raises InputError for a buffer that the model's own initialisation leaves as it is, or that
-    would have to be loaded.
+    Buffers that files do hold are left without values (NaN), for load_weights. Raises InputError
+    for one that files do not hold, and that the model's own initialisation does not make.
     """
-    for module in lm.modules():
+    # What the initialisation makes is the same, whatever was there before
+    zeros_before = initialized_buffers(lm, device, 0)
+    ones_before = initialized_buffers(lm, device, 1)
+
+    for path, module in lm.named_modules():
         for key, buffer in module.named_buffers(recurse=False):
-            # NaN shows afterwards what the initialisation did not fill
-            module._buffers[key] = torch.full_like(buffer, float("nan"), device=device)
-            lm._init_weights(module)
-            is_made = not module._buffers[key].isnan().any()
-            if not is_made or key not in module._non_persistent_buffers_set:
+            if key not in module._non_persistent_buffers_set:
+                if buffer.is_floating_point():
+                    buffer.fill_(float("nan"))
+            elif not torch.equal(zeros_before[path, key], ones_before[path, key]):
                 raise InputError(
                     f"--model={name}: {lm.__class__.__name__} has a buffer '{key}' "
                     "that this loader cannot make"
                 )
+
+
+def initialized_buffers(lm, device, before):
+    """The model's buffers, {(module's path, name): tensor}, as it initialises them on the device.
+
+    before: the number that they hold until then.
+    """
+    for module in lm.modules():
+        module._is_hf_initialized = False  # transformers initialises once
+        for key, buffer in module.named_buffers(recurse=False):
+            module._buffers[key] = torch.full_like(buffer, before, device=device)
+    lm.initialize_weights()
+
+    buffers = {}
+    for path, module in lm.named_modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            buffers[path, key] = buffer
+    return buffers
+
+
+def make_deterministic(lm):
+    """Switch off what is random in training: dropout, noise in the choice of experts (Phi-MoE)."""
+    lm.eval()
+
+    # These two kinds of modules are asked whether to recompute; only what trains is
+    layouts.text_model(lm).training = True
+    for layer in layouts.decoder_layers(lm):
+        layer.training = True
+
+
+def recompute_layers(lm, name):
+    """Let each layer compute its activations again in backward; raises InputError if it cannot."""
+    if not lm.supports_gradient_checkpointing:
+        raise InputError(
+            f"--model={name}: {lm.__class__.__name__} cannot compute its activations again: "
+            "add --recompute=False"
+        )
+    lm.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def add_adapters(lm, rank, alpha, dtype):
@@ -188,7 +269,7 @@ def shard(policy, mesh, dtype, compile):
     Layers and root are gathered in dtype when they compute; gradients are summed in float32.
     """
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for layer in policy.lm.base_model.layers:
+    for layer in layouts.decoder_layers(policy.lm):
         if compile:
             layer.compile(dynamic=True)
         fully_shard(layer, mesh=mesh, mp_policy=precision)
@@ -202,14 +283,20 @@ def flops(policy, pairs):
     """Model FLOPs of one training step on these pairs, each prompt computed once.
 
     Forward, and backward at twice that, or once where weights are frozen (LoRA). What is computed
-    a second time, by recomputation or in the log-prob gather, does not count.
+    a second time, by padded rows, recomputation or in the log-prob gather, does not count. Of
+    experts only those count that a token goes through.
     """
     config = policy.lm.config
-    layers = policy.lm.base_model.layers
     head = policy.lm.get_output_embeddings()
-    body_size = sum(p.numel() for p in layers.parameters())
     head_size = sum(p.numel() for p in head.parameters())
-    width = len(layers) * config.num_attention_heads * head_width(config)
+    width = policy.attention_width
+
+    body_size = 0
+    for key, parameter in layouts.decoder_layers(policy.lm).named_parameters():
+        size = parameter.numel()
+        if ".experts." in key and parameter.dim() > 1:
+            size = size * experts_per_token(config) // parameter.shape[0]  # one row an expert
+        body_size += size
 
     forward = 0
     for pair in pairs:
@@ -226,6 +313,14 @@ def flops(policy, pairs):
     if all(parameter.requires_grad for parameter in policy.parameters()):
         return 3 * forward
     return 2 * forward
+
+
+def experts_per_token(config):
+    """How many experts a token goes through."""
+    for key in ("num_experts_per_tok", "top_k_experts", "moe_topk"):
+        if getattr(config, key, None):
+            return config.num_experts_per_tok
+    return 1
 
 
 def matmul_rate(n, device, dtype):

@@ -11,7 +11,7 @@ from torch.nn.attention import varlen
 
 from nanoaipo import chat, pairs
 from nanoaipo.errors import InputError
-from nanoaipo.packing import layout, pack, packed_sdpa, packed_varlen
+from nanoaipo.packing import layout, pack, packed_sdpa, packed_varlen, plan
 
 KERNELS = ("packed_sdpa", "packed_varlen")
 
@@ -71,6 +71,66 @@ def test_a_pair_by_hand(kernel):
         assert segments["starts"].dtype == torch.int32  # the kernel reads no other
         assert segments["longest"] == 5
         assert padding == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_same_pair_in_padded_rows():
+    pair = {
+        "prompt_ids": array("i", [10, 11, 12]),
+        "chosen_ids": array("i", [20, 21]),
+        "rejected_ids": array("i", [30]),
+    }
+
+    row, lengths, padding = pack([pair], "padded")
+
+    assert row.keys() == {"input_ids", "position_ids", "index", "labels"}
+    assert row["input_ids"].tolist() == [[10, 11, 12, 20, 21], [10, 11, 12, 30, 0]]
+    assert row["position_ids"].tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 0]]
+    assert row["index"].tolist() == [2, 3, 7]
+    assert row["labels"].tolist() == [20, 21, 30]
+    assert lengths.tolist() == [2, 1]
+    assert padding == pytest.approx(0.1, abs=1e-12)
+
+
+def test_padded_rows_predict_the_labels_of_the_packed_row_in_its_order():
+    pairs = random_pairs(7)
+
+    packed, lengths, _ = pack(pairs, "packed_sdpa")
+    padded, padded_lengths, padding = pack(pairs, "padded")
+
+    assert torch.equal(padded["labels"], packed["labels"])
+    assert torch.equal(padded_lengths, lengths)
+    for key in ("input_ids", "position_ids"):
+        before = packed[key].flatten()[packed["index"]]
+        assert torch.equal(padded[key].flatten()[padded["index"]], before)
+    n_tokens = sum(len(p) + len(r) for p, r in prompts_with_responses(pairs))
+    assert padding == pytest.approx(1 - n_tokens / padded["input_ids"].numel(), abs=1e-12)
+
+
+@pytest.mark.parametrize("kernel", (*KERNELS, "padded"))
+def test_a_process_without_pairs_computes_one_token_and_no_label(kernel):
+    row, lengths, padding = pack([], kernel)
+
+    assert row["input_ids"].shape == (1, 1)
+    assert len(row["index"]) == len(row["labels"]) == len(lengths) == 0
+    assert padding == 0
+
+
+def test_padded_micro_batches_hold_pairs_of_about_one_length_within_the_budget():
+    rng = random.Random(0)
+    lengths = [rng.randint(10, 400) for _ in range(50)]
+
+    steps = plan(lengths, list(range(50)), 20, 2, 500, padded=True)
+
+    assert len(steps) == 3
+    planned = []
+    for step in steps:
+        for micro_batch in step:
+            assert len(micro_batch) == 2  # a list for each process
+            for pair_ids in micro_batch:
+                planned += pair_ids
+                longest = max((lengths[i] for i in pair_ids), default=0)
+                assert len(pair_ids) == 1 or longest * len(pair_ids) <= 500
+    assert sorted(planned) == list(range(50))
 
 
 def test_sequences_of_unlike_lengths_are_in_blocks_of_their_own():
@@ -305,6 +365,8 @@ def test_packed_varlen_equals_packed_sdpa_on_a_gpu_in_bfloat16(window):
         (packed_sdpa, {"s_aux": torch.ones(4)}, "attention sinks are not supported"),
         (packed_varlen, {"s_aux": torch.ones(4)}, "no soft-capping and no attention sinks"),
         (packed_varlen, {"softcap": 2.0}, "no soft-capping and no attention sinks"),
+        (packed_sdpa, {"position_bias": 1.0}, "the argument 'position_bias' .* is unknown"),
+        (packed_varlen, {"position_bias": 1.0}, "the argument 'position_bias' .* is unknown"),
     ],
 )
 def test_what_a_kernel_cannot_compute_it_refuses(attention, extra, reason):

@@ -149,13 +149,6 @@ def test_packed_gradients_equal_those_of_plain_transformers(
 # ---- refusals ----
 
 
-def test_layers_that_would_mix_the_sequences_of_a_row_are_refused(mesh, tmp_path):
-    model = build_model(tmp_path / "model", "Lfm2", layer_types=["conv", "full_attention"])
-
-    with pytest.raises(InputError, match=r"Lfm2ForCausalLM is not supported \(\['conv'\]"):
-        build(model, mesh)
-
-
 def test_weights_that_are_not_those_of_the_config_are_refused(mesh, tmp_path):
     model = build_model(tmp_path / "model")
     path = model / "model.safetensors"
@@ -200,6 +193,29 @@ def test_flops_by_hand(tiny_model, mesh):
 
     assert with_adapters == 2 * 2 * (2 * 2 * (layer + adapters) * 6 + head + attention)
     assert with_adapters == 2 * 652544
+
+
+def test_of_experts_only_those_count_that_a_token_goes_through(mesh, tmp_path):
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    model = build_model(tmp_path / "model", "Mixtral", **experts)
+    pair = {"prompt_ids": [1] * 3, "chosen_ids": [1] * 2, "rejected_ids": [1]}
+    # q and o, k and v, two of four experts of three matrices, the router, two norms
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 2 * 3 * 32 * 64 + 4 * 32 + 2 * 32
+    head = 2 * 262 * 32 * 3
+    attention = 2 * 2 * (4 * 8) * (5**2 + 4**2 - 3**2)
+
+    policy = build_policy(
+        str(model),
+        mesh,
+        torch.float32,
+        chunk=16,
+        recompute=False,
+        compile=False,
+        lora_rank=0,
+        lora_alpha=16.0,
+    )
+
+    assert flops(policy, [pair]) == 3 * (2 * 2 * layer * 6 + head + attention)
 
 
 def test_adapters_start_at_the_model_and_are_saved_merged_as_the_policy_computes(
