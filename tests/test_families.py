@@ -15,7 +15,8 @@ from test_policy import logp_alone
 
 from nanoaipo.errors import InputError
 from nanoaipo.packing import pack
-from nanoaipo.policy import build_policy, flops, load_weights
+from nanoaipo.policy import build_policy, flops
+from nanoaipo.weights import load_weights
 
 # In float32 both sides round a hundred operations at 6e-8 each, of log-probs of about 10 nats
 TOLERANCE = 2e-5  # nats
