@@ -319,7 +319,7 @@ def experts_per_token(config):
     """How many experts a token goes through."""
     for key in ("num_experts_per_tok", "top_k_experts", "moe_topk"):
         if getattr(config, key, None):
-            return config.num_experts_per_tok
+            return getattr(config, key)
     return 1
 
 
