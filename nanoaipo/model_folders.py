@@ -13,9 +13,9 @@ def check_has_model(name, setting="model"):
     path = find_file(name, "adapter_config.json")
     if path is None:
         return
-    base = read_json(path).get("base_model_name_or_path")
+    base = read_json(path).get("base_model_name_or_path") or "which it does not name"
     raise InputError(
-        f"--{setting}={name}: an adapter and no model; merge it into its base ({base}) first, "
+        f"--{setting}={name}: an adapter and no model; first merge it into its base ({base}), "
         "with peft's merge_and_unload"
     )
 

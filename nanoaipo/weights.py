@@ -166,8 +166,10 @@ class StoredWeights:
         """
         if name in self.stored_key:
             return self.read(self.stored_key[name], rows, shape)
-        if name not in self.made:
+        if name in self.converter and name not in self.made:
             self.make(name)
+        if name not in self.made:
+            raise InputError(f"--model={self.folder}: weight {name} is missing in its safetensors")
         whole = self.made.pop(name)
         self.check_shape(name, list(whole.shape), shape)
         return whole[rows]
@@ -185,8 +187,6 @@ class StoredWeights:
 
     def make(self, name):
         """Make this weight, and what is made with it, of the weights that it is stored as."""
-        if name not in self.converter:
-            raise InputError(f"--model={self.folder}: weight {name} is missing in its safetensors")
         converter = self.converter[name]
         try:
             self.made |= converter.convert(name, model=self.lm, config=self.lm.config)

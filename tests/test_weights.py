@@ -378,7 +378,7 @@ def test_a_folder_that_holds_an_adapter_and_no_model_names_its_base(tiny_model, 
     adapter = tmp_path / "adapter_config.json"
     adapter.write_text(json.dumps({"base_model_name_or_path": "org/base"}))
 
-    with pytest.raises(InputError, match=r"--judge=.*: an adapter .* into its base \(org/base\)"):
+    with pytest.raises(InputError, match=r"--judge=.*: an adapter .* its base \(org/base\)"):
         check_has_model(tmp_path, "judge")
 
     # An adapter beside a model does not matter, nor does a folder that holds neither
