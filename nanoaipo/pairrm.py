@@ -5,15 +5,17 @@
 
 DeBERTa-v3 (transformers' DebertaV2Model) reads a prompt and two candidates, each behind a mark, and
 a head reads the hidden states of the three marks.
-Comparisons of all prompts are sorted by length and laid end to end without padding: products run
-over all tokens, attention over sequences of one length at a time. A relative position's score
-depends on the distance alone, so it is computed once per distance and read through a view with
-shifted rows (Transformer-XL's trick, 1901.02860), where DeBERTa's own code gathers it for every
-pair of tokens. Scores do not depend on what shares the batch.
+Comparisons of all prompts are sorted by length and laid end to end: products run over all tokens,
+attention over sequences of one length at a time. On a CPU there is no padding. A GPU, which would
+wait for the next launch most of the time, pads a batch to its longest, a few tokens a sequence.
+A relative position's score depends on the distance alone, so it is computed once per distance and
+read through a view with shifted rows (Transformer-XL's trick, 1901.02860), where DeBERTa's own code
+gathers it for every pair of tokens. Scores do not depend on what shares the batch.
 """
 
 import itertools
 import json
+import math
 import os
 import re
 
@@ -30,7 +32,9 @@ from nanoaipo.packing import batches_by_length
 
 # the marks; their order fixes their ids
 PREFIXES = ["<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"]
-ROWS = 64  # of the shifted view computed at once: fewer waste less, more multiply faster
+# rows of the shifted view computed at once: fewer waste less, more multiply faster
+ROWS = 64
+GPU_ROWS = 256
 
 
 # -------------------------------------------------------------------------------- the model
@@ -39,21 +43,25 @@ ROWS = 64  # of the shifted view computed at once: fewer waste less, more multip
 def add_shifted(scores, x, table):
     """Add to scores[..., i, j] the product x_i · table_(j - i).
 
-    scores: (B, H, L, L). x: (B, H, L, D). table: (H, 2L - 1, D), of the distances -L < j - i < L.
+    scores: (B, H, L, L). x: (B, H, L, d). table: (H, 2L + 1, d), of the distances -L <= j - i <= L.
     """
-    length = x.shape[-2]
-    for start in range(0, length, ROWS):
-        stop = min(start + ROWS, length)
+    batch, heads, length, _ = x.shape
+    rows = GPU_ROWS if x.is_cuda else ROWS
+    for start in range(0, length, rows):
+        stop = min(start + rows, length)
         n_rows = stop - start
 
-        # products with every distance that these rows can have
-        distances = table[:, length - stop : 2 * length - 1 - start]  # (H, L + n_rows - 1, D)
-        products = x[..., start:stop, :] @ distances.mT  # (B, H, n_rows, L + n_rows - 1)
+        # products with every distance that these rows can have, and one: an even width is faster;
+        # all sequences in one product, so that no head's table is copied for each of them
+        distances = table[:, length - stop : 2 * length - start]  # (H, L + n_rows, d)
+        part = x[..., start:stop, :].transpose(0, 1).flatten(1, 2)  # (H, B * n_rows, d)
+        products = part @ distances.mT  # (H, B * n_rows, L + n_rows)
+        products = products.unflatten(1, (batch, n_rows)).transpose(0, 1)
 
-        # the first row begins n_rows - 1 columns in, every further row one earlier
-        size = (*products.shape[:-1], length)  # (B, H, n_rows, L)
+        # the first row begins n_rows columns in, every further row one earlier
+        size = (batch, heads, n_rows, length)
         stride = (*products.stride()[:-2], products.shape[-1] - 1, 1)
-        scores[..., start:stop, :] += products.as_strided(size, stride, n_rows - 1)
+        scores[..., start:stop, :].add_(products.as_strided(size, stride, n_rows))
 
 
 def split_heads(x, heads):
@@ -61,14 +69,14 @@ def split_heads(x, heads):
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 
-def disentangled_attention(q, k, v, position_key, position_query, scale):
+def disentangled_attention(q, k, v, position_key, position_query, mask, scale):
     """Attention (2006.03654, Eq. 4) in B sequences of one length: (B, H, L, d) -> (B, H, L, d).
 
-    position_key: (H, 2L - 1, d), scaled, of the distances -L < j - i < L of key j from query i.
-    position_query: the same, of the distances i - j.
+    position_key: (H, 2L + 1, d), scaled, of the distances -L <= j - i <= L of key j from query i.
+    position_query: the same, of the distances i - j. mask: (B, L), what a key adds to its scores.
     """
     batch, heads, length, _ = q.shape
-    scores = q.new_zeros(batch, heads, length, length)
+    scores = mask[:, None, None, :].expand(batch, heads, length, length).contiguous()
     add_shifted(scores, q, position_key)  # content to position
     add_shifted(scores.mT, k, position_query)  # position to content
     return F.scaled_dot_product_attention(q, k, v, scores, scale=scale)
@@ -96,17 +104,18 @@ class PairRM(torch.nn.Module):
         return self.head_layer(torch.stack(candidates, 1)).mean(-1)
 
     def distance_buckets(self, length, device):
-        """Rows of the relative embedding for the distances i - j = L - 1, ..., 1 - L: (2L - 1,)."""
+        """Rows of the relative embedding for the distances i - j = L, ..., -L: (2L + 1,)."""
         encoder = self.pretrained_model.encoder
         span = encoder.position_buckets
-        distance = torch.arange(length - 1, -length, -1, device=device)
+        distance = torch.arange(length, -length - 1, -1, device=device)
         bucket = make_log_bucket_position(distance, span, encoder.max_relative_positions).long()
         return (bucket + span).clamp(0, 2 * span - 1)
 
-    def forward(self, ids, lengths, marks):
+    def forward(self, ids, lengths, marks, padding):
         """Scores (B, 2) of B sequences laid end to end, sorted by length.
 
-        ids: (T,). lengths: tokens of each sequence. marks: (B, 3), positions of the marks in ids.
+        ids: (T,). lengths: of each sequence with its padding. marks: (B, 3), positions of the marks
+        in ids. padding: (T,), true where an id is none of its sequence's tokens.
         """
         encoder = self.pretrained_model.encoder
         runs = [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
@@ -114,8 +123,9 @@ class PairRM(torch.nn.Module):
         positions = encoder.get_rel_embedding()  # (2 * span, D)
 
         h = self.pretrained_model.embeddings(ids[None])[0]  # (T, D)
+        mask = h.new_zeros(len(ids)).masked_fill_(padding, float("-inf"))  # (T,)
         for layer in encoder.layer:
-            context = self.attend(layer.attention.self, h, positions, runs, buckets)  # (T, D)
+            context = self.attend(layer.attention.self, h, mask, positions, runs, buckets)
             if layer is encoder.layer[-1]:
                 # the head reads the marks alone
                 context = context[marks]  # (B, 3, D)
@@ -124,7 +134,7 @@ class PairRM(torch.nn.Module):
             h = layer.output(layer.intermediate(h), h)
         return self.score(h.float())
 
-    def attend(self, attention, h, positions, runs, buckets):
+    def attend(self, attention, h, mask, positions, runs, buckets):
         """Disentangled attention within each sequence: (T, D) -> (T, D)."""
         heads = attention.num_attention_heads
         scale = (3 * attention.attention_head_size) ** -0.5
@@ -143,9 +153,10 @@ class PairRM(torch.nn.Module):
                 split_heads(x[start:stop].unflatten(0, (count, length)), heads)  # (B, H, L, d)
                 for x in (query, key, value)
             )
-            position_key = bucket_key[:, buckets[length]]  # (H, 2L - 1, d), j - i rises
-            position_query = bucket_query[:, buckets[length].flip(0)]  # (H, 2L - 1, d), i - j rises
-            out = disentangled_attention(q, k, v, position_key, position_query, scale)
+            position_key = bucket_key[:, buckets[length]]  # (H, 2L + 1, d), j - i rises
+            position_query = bucket_query[:, buckets[length].flip(0)]  # (H, 2L + 1, d), i - j rises
+            keys = mask[start:stop].unflatten(0, (count, length))  # (B, L)
+            out = disentangled_attention(q, k, v, position_key, position_query, keys, scale)
             context[start:stop] = out.transpose(1, 2).reshape(count * length, -1)
             start = stop
         return context
@@ -269,7 +280,7 @@ def load_pairrm(name, device):
 
     config.json names the backbone (model_name: a folder, or a hub name whose config and tokenizer
     are read) and the lengths; model.safetensors must hold exactly the model's weights, else
-    InputError: an untrained head ranks too. The encoder computes in float32 on a CPU, in bfloat16
+    InputError: an untrained head ranks too. The encoder computes in float32 on a CPU, in float16
     on a GPU; the head in float32 on both.
     """
     folder, settings, weights = read_ranker(name)
@@ -302,7 +313,9 @@ def load_pairrm(name, device):
     check_weights(name, model.state_dict(), weights)
     model.load_state_dict(weights)
     if device.type == "cuda":
-        model.pretrained_model.bfloat16()
+        # llm-blender's default on a GPU, so the published weights fit its range; bfloat16 has three
+        # bits less and turns winners
+        model.pretrained_model.half()
     elif torch.backends.mkldnn.is_available():
         # oneDNN's float32 products: twice as fast as MKL's on an AMD
         torch.utils.mkldnn.to_mkldnn(model.pretrained_model.encoder)
@@ -325,20 +338,36 @@ def segment_prompt(tokenizer, prompt, texts, counts):
     return segments
 
 
-def score_batch(model, tokenizer, triples):
-    """Log-odds that the first candidate beats the second, of B (source, first, second)."""
-    device = next(model.parameters()).device
-    ids = []
-    lengths = []
+def score_batch(model, tokenizer, triples, padded):
+    """Log-odds that the first candidate beats the second, of B (source, first, second).
+
+    padded: give all sequences one length, a multiple of 16 as the attention kernel wants it.
+    """
+    sequences = []
     marks = []
     for triple in triples:
         sequence, positions = tokenizer.join(*triple)
-        marks.append([len(ids) + position for position in positions])
-        lengths.append(len(sequence))
-        ids += sequence
+        sequences.append(sequence)
+        marks.append(positions)
+    lengths = [len(sequence) for sequence in sequences]
+    if padded:
+        longest = 16 * math.ceil(max(lengths) / 16)
+        lengths = [longest] * len(sequences)
+
+    # lay them end to end; any id serves as padding
+    ids = []
+    padding = []
+    for k, (sequence, length) in enumerate(zip(sequences, lengths)):
+        n_padding = length - len(sequence)
+        marks[k] = [len(ids) + position for position in marks[k]]
+        ids += sequence + [0] * n_padding
+        padding += [False] * len(sequence) + [True] * n_padding
+
+    device = next(model.parameters()).device
     ids = torch.tensor(ids, device=device)  # (T,)
     marks = torch.tensor(marks, device=device)  # (B, 3)
-    scores = model(ids, lengths, marks)  # (B, 2)
+    padding = torch.tensor(padding, device=device)  # (T,)
+    scores = model(ids, lengths, marks, padding)  # (B, 2)
     return (scores[:, 0] - scores[:, 1]).tolist()
 
 
@@ -359,10 +388,11 @@ def compare(model, tokenizer, prompts, candidates, batch_tokens, counts):
             triples.append((source, segments[i], segments[j]))
     lengths = [sum(len(segment) for segment in triple) for triple in triples]
 
+    padded = next(model.parameters()).is_cuda
     matrices = [torch.zeros(len(texts), len(texts)) for texts in candidates]
     with tqdm(total=len(triples), desc="rank", unit="cmp", disable=not triples) as bar:
         for batch in batches_by_length(lengths, batch_tokens):
-            logits = score_batch(model, tokenizer, [triples[k] for k in batch])
+            logits = score_batch(model, tokenizer, [triples[k] for k in batch], padded)
             for k, logit in zip(batch, logits):
                 p, i, j = comparisons[k]
                 matrices[p][i, j] += logit / 2
