@@ -346,6 +346,9 @@ class LogProb(torch.autograd.Function):
             d_hidden[part] = d @ weight
             if d_weight is not None and d_weight.dtype == d.dtype:
                 d_weight.addmm_(d.T, hidden[part])
+            elif d_weight is not None and d.is_cuda:
+                # added up in float32, where the line below rounds each chunk's product
+                torch.addmm(d_weight, d.T, hidden[part], out_dtype=d_weight.dtype, out=d_weight)
             elif d_weight is not None:
                 d_weight += d.T @ hidden[part]
 
