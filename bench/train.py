@@ -1,12 +1,20 @@
-"""train.py against TRL's DPOTrainer: same model, pairs, batches, schedule, alternating in one run.
+"""train.py against TRL's DPOTrainer: same model, pairs, batches, schedule, in turn on one machine.
 
-    python bench/train.py                       on this machine's CPU, then on its GPU if it has one
-    python bench/train.py --pairs=64 --rounds=2
+    python bench/train.py                       on the GPU if there is one, else on the CPU
+    python bench/train.py --device=cuda --layers=24 --vocab=128256
+    python bench/train.py --device=cpu --steps=8 --rounds=2
+    python bench/train.py --device=cuda --only="ours,TRL best"
 
-Counted are the reference pass and all steps, in tokens of the data (prompt + chosen, prompt +
-rejected), and the peak memory of the whole process (of the device on a GPU). TRL runs as fast as we
-could make it: reference log-probs computed before, and on a GPU bfloat16 with gradient
-checkpointing, as ours, and Liger's fused loss where that is installed. Losses are compared too.
+Speed is tokens of prompt + chosen + rejected, each prompt once, per second of training steps; the
+first WARM steps do not count. Seconds of the reference pass stand beside it, with all that starts
+up in it. Memory is the peak of the device, or on a CPU of the whole process. Losses of the steps
+behind the first update and the norms of all gradients are compared.
+
+Both sides keep float32 master weights and compute in the same dtype. TRL's default is what its
+DPOConfig says: 8 pairs a device, gradient checkpointing. TRL's best, as fast as we could make it:
+no checkpointing, 4 pairs a device, pairs of about one length together, so that it pads less, and
+with Liger's kernels. Its own chunked head and reference log-probs from before are in all of them;
+padding_free is off in TRL 1.16. A side whose package is missing is skipped.
 """
 
 import importlib.util
@@ -29,7 +37,7 @@ CPU = dict(  # 20.2M parameters
     num_key_value_heads=2,
     tie_word_embeddings=True,
 )
-GPU = dict(  # 1.1B
+CUDA = dict(  # 1.10B with a vocabulary of 32,000
     hidden_size=2048,
     intermediate_size=8192,
     num_hidden_layers=16,
@@ -42,20 +50,22 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
 )
 LENGTHS = {"prompt": 150, "chosen": 350, "rejected": 350}  # words, on average
-BATCH = 8
+BATCH = {"cpu": 8, "cuda": 32}  # pairs of a step
+LR = {"cpu": 1e-4, "cuda": 1e-5}
+WARM = 2  # first steps, which do not count: kernels are chosen, memory is found
 
 
 # ---------------------------------------------------------------------------- model and pairs
 
 
-def make(folder, shape, n_pairs):
-    """A random Llama of vocabulary 32,000, and pairs of words, one token each.
+def make(folder, device, shape, n_pairs):
+    """A random Llama and pairs of words, one token each.
 
     Their lengths are log-normal, like UltraFeedback's.
     """
-    words = SPECIALS + [f"w{n}" for n in range(32_000 - len(SPECIALS))]
+    words = SPECIALS + [f"w{n}" for n in range(shape["vocab_size"] - len(SPECIALS))]
     make_tokenizer(f"{folder}/model", words)
-    make_model(f"{folder}/model", shape)
+    make_model(f"{folder}/model", device, shape)
 
     rng = random.Random(0)
     with open(f"{folder}/pairs.jsonl", "w") as f:
@@ -87,20 +97,32 @@ def make_tokenizer(folder, words):
     tokenizer.save_pretrained(folder)
 
 
-def make_model(folder, shape):
+def make_model(folder, device, shape):
     import torch
     import transformers
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=32_000,
         max_position_embeddings=4096,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=3,
         **shape,
     )
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    # drawn where it will train, and stored in 16 bits: a billion numbers take a CPU long
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(folder)
+
+    machine = f"{torch.get_num_threads()} threads"
+    if device == "cuda":
+        machine = torch.cuda.get_device_name()
+    print(
+        f"{device} {machine}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{model.num_parameters() / 1e6:,.0f}M parameters",
+        flush=True,
+    )
 
 
 def random_text(rng, words, mean, sigma=0.6):
@@ -116,11 +138,11 @@ def read_pairs(folder):
 
 
 def data_tokens(pairs):
-    """Tokens of prompt + chosen and of prompt + rejected, over all pairs, with the template's."""
+    """Tokens of prompt, chosen and rejected over these pairs, with the template's."""
     n_tokens = 0
     for pair in pairs:
         p, w, l = (len(pair[key][0]["content"].split()) for key in LENGTHS)
-        n_tokens += 2 * (p + 3) + w + l + 2
+        n_tokens += (p + 3) + (w + 1) + (l + 1)
     return n_tokens
 
 
@@ -128,75 +150,87 @@ def data_tokens(pairs):
 
 
 def run(command, device):
-    """(output, peak resident bytes) of a Python program that has to succeed."""
-    env = os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1"}
+    """(output, peak resident bytes) of a Python program; output is None if it failed."""
+    env = os.environ | {
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "HF_HUB_OFFLINE": "1",
+        # else attention plans anew for each shape that it meets
+        "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
+    }
     if device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, *command]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+    )
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status != 0:
-        sys.exit(f"{' '.join(command)} failed\n{output}")
+        print(f"{' '.join(command)} failed\n{output[-3000:]}", flush=True)
+        return None, 0
     return output, usage.ru_maxrss * 1024
 
 
-def ours(folder, device, dtype):
-    """Seconds, losses, memory and share of the matrix rate of train.py."""
-    gpu = device == "cuda"
+def ours(folder, device, batch_size, options):
+    """What train.py measured, as a dict, or None if it failed; options: its further settings."""
     out = os.path.join(tempfile.mkdtemp(dir=folder), "policy")
     settings = dict(
         model=f"{folder}/model",
         pairs=f"{folder}/pairs.jsonl",
         out=out,
         loss="dpo",
-        lr=1e-4,
-        batch_size=BATCH,
+        lr=LR[device],
+        batch_size=batch_size,
         shuffle=False,
-        dtype=dtype,
         checkpoint_every=0,
-        recompute=gpu,
-        tokens_per_microbatch=16384 if gpu else 2048,
-        gather_chunk=1024 if gpu else 2048,
+        recompute=False,
     )
     script = os.path.join(HERE, "..", "train.py")
-    command = [script, *(f"--{key}={value}" for key, value in settings.items())]
+    command = [script, *(f"--{key}={value}" for key, value in (settings | options).items())]
     output, memory = run(command, device)
+    if output is None:
+        return None
+
     with open(f"{out}/metrics.jsonl") as f:
         steps = [json.loads(line) for line in f]
-    if gpu:
+    if device == "cuda":
         memory = steps[-1]["memory_gib"] * 2**30
-
-    peak_rate = 1e12 * float(re.search(r"products ([\d.]+) TFLOP/s", output)[1])
-    seconds = float(re.search(r"reference log-probs in ([\d.]+) s", output)[1])
-    seconds += sum(r["seconds"] for r in steps)
-    # three passes a step, and one for the reference
-    flops = sum(r["mfu"] * r["seconds"] for r in steps) * peak_rate * 4 / 3
+    seconds = [r["seconds"] for r in steps]
+    counted = steps[WARM:]
     return {
+        "reference_seconds": float(re.search(r"reference log-probs in ([\d.]+) s", output)[1]),
         "seconds": seconds,
         "losses": [r["loss"] for r in steps],
-        "share": flops / seconds / peak_rate,
+        "norms": [r["grad_norm"] for r in steps],
         "memory": memory,
+        # of what this device reaches in products of matrices
+        "share": sum(r["mfu"] * r["seconds"] for r in counted) / sum(seconds[WARM:]),
     }
 
 
-def theirs(folder, device, dtype):
-    """Seconds, losses and memory of TRL."""
-    output, memory = run([__file__, "--trl", folder, device, dtype], device)
-    result = json.loads(output.splitlines()[-1])
+def theirs(folder, device, batch_size, options):
+    """What TRL measured, as a dict, or None if it failed."""
+    command = [__file__, "--trl", folder, device, str(batch_size), json.dumps(options)]
+    output, memory = run(command, device)
+    if output is None:
+        return None
+
+    with open(f"{folder}/trl.json") as f:
+        result = json.load(f)
     if device == "cpu":
         result["memory"] = memory
     return result
 
 
-def trl(folder, device, dtype):
-    """The other side, in a process of its own: DPOTrainer on the same pairs in the same order."""
+def trl(folder, device, batch_size, options):
+    """The other side, in a process of its own: DPOTrainer on the same pairs, step by step."""
     import datasets
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
     reference_seconds = 0.0
+    times = []  # when each step was done; a step's loss is read then, so the device is done too
 
     class InOrder(DPOTrainer):
         def _get_train_sampler(self, dataset=None):
@@ -209,16 +243,32 @@ def trl(folder, device, dtype):
             reference_seconds += time.perf_counter() - t0
             return result
 
-    gpu = device == "cuda"
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            times.append(time.perf_counter())
+
+        def on_log(self, arguments, state, control, logs, **_):
+            if "loss" in logs:
+                times.append(time.perf_counter())
+
+    # The mean over a step does not depend on the order within it
+    pairs = read_pairs(folder)
+    if options["by_length"]:
+        ordered = []
+        for start in range(0, len(pairs), batch_size):
+            ordered += sorted(pairs[start : start + batch_size], key=longer_tokens, reverse=True)
+        pairs = ordered
+
     arguments = DPOConfig(
         output_dir=f"{folder}/trl",
         beta=0.1,
-        learning_rate=1e-4,
+        learning_rate=LR[device],
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
         max_grad_norm=1.0,
         weight_decay=0.0,
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=options["per_device"],
+        gradient_accumulation_steps=batch_size // options["per_device"],
         num_train_epochs=1,
         max_length=None,
         logging_steps=1,
@@ -226,10 +276,10 @@ def trl(folder, device, dtype):
         report_to="none",
         disable_tqdm=True,
         precompute_ref_log_probs=True,
-        bf16=dtype == "bfloat16",
-        use_cpu=not gpu,
-        gradient_checkpointing=gpu,
-        use_liger_kernel=gpu and importlib.util.find_spec("liger_kernel") is not None,
+        bf16=options["dtype"] == "bfloat16",
+        use_cpu=device == "cpu",
+        gradient_checkpointing=options["checkpointing"],
+        use_liger_kernel=options["liger"],
     )
     model_folder = f"{folder}/model"
     trainer = InOrder(
@@ -237,84 +287,174 @@ def trl(folder, device, dtype):
         model=AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
         args=arguments,
         processing_class=AutoTokenizer.from_pretrained(model_folder),
-        train_dataset=datasets.Dataset.from_list(read_pairs(folder)),
+        train_dataset=datasets.Dataset.from_list(pairs),
+        callbacks=[Clock()],
     )
-    t0 = time.perf_counter()
     trainer.train()
-    seconds = time.perf_counter() - t0
 
+    steps = [r for r in trainer.state.log_history if "loss" in r]
     result = {
-        "seconds": reference_seconds + seconds,
-        "losses": [r["loss"] for r in trainer.state.log_history if "loss" in r],
-        "memory": torch.cuda.max_memory_allocated() if gpu else 0,
+        "reference_seconds": reference_seconds,
+        "seconds": [after - before for before, after in zip(times, times[1:])],
+        "losses": [r["loss"] for r in steps],
+        "norms": [r["grad_norm"] for r in steps],
+        "memory": torch.cuda.max_memory_allocated() if device == "cuda" else 0,
     }
-    print("\n" + json.dumps(result))
+    with open(f"{folder}/trl.json", "w") as f:
+        json.dump(result, f)
+
+
+def longer_tokens(pair):
+    """Tokens of the longer of a pair's two sequences, but for the template's."""
+    p, w, l = (len(pair[key][0]["content"].split()) for key in LENGTHS)
+    return p + max(w, l)
 
 
 # ---------------------------------------------------------------------------- the comparison
 
 
-def compare(device, shape, n_pairs, rounds, sides):
-    """Run the sides, (name, function, dtype), in turn and print each run and the best of each."""
+def cpu_rows():
+    """(name, side, its options) of each row, on a CPU: both in both dtypes."""
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        settings = dict(dtype=dtype, tokens_per_microbatch=2048, gather_chunk=2048)
+        options = dict(dtype=dtype, per_device=8, checkpointing=False, liger=False, by_length=False)
+        rows += [(f"ours {dtype}", ours, settings), (f"TRL {dtype}", theirs, options)]
+    return rows
+
+
+def cuda_rows():
+    """(name, side, its options) of each row, on a GPU in bfloat16; what takes longest is last."""
+    settings = dict(dtype="bfloat16", tokens_per_microbatch=16384, gather_chunk=16384)
+    default = dict(dtype="bfloat16", per_device=8, checkpointing=True, liger=False, by_length=False)
+    best = default | dict(per_device=4, checkpointing=False, by_length=True)
+    return [
+        ("ours", ours, settings),
+        ("TRL best", theirs, best),
+        ("TRL best + Liger", theirs, best | dict(liger=True)),
+        ("TRL default", theirs, default),
+        ("ours compiled", ours, settings | dict(compile=True)),
+    ]
+
+
+def missing_package(side, options):
+    """Name of a package that this row needs and that is not installed, or None."""
+    needed = []
+    if side is theirs:
+        needed = ["trl", "datasets"]
+        if options["liger"]:
+            needed.append("liger_kernel")
+    for package in needed:
+        if importlib.util.find_spec(package) is None:
+            return package
+    return None
+
+
+def compare(device, shape, n_steps, rounds, rows):
+    """Run the rows in turn, print each run, then a table of the best of each."""
+    batch_size = BATCH[device]
     with tempfile.TemporaryDirectory() as folder:
         # in a process of its own, so that torch stays out of this one
-        command = [sys.executable, __file__, "--make", folder, json.dumps(shape), str(n_pairs)]
-        if subprocess.run(command).returncode != 0:
+        arguments = [folder, device, json.dumps(shape), str(n_steps * batch_size)]
+        if subprocess.run([sys.executable, __file__, "--make", *arguments]).returncode != 0:
             sys.exit("the model could not be made")
-        n_tokens = data_tokens(read_pairs(folder))
+        pairs = read_pairs(folder)
+        n_tokens = data_tokens(pairs[WARM * batch_size :])
         print(
-            f"{device}: {n_pairs} pairs, {n_tokens:,} tokens, {rounds} rounds, shape {shape}",
+            f"{n_steps} steps of {batch_size} pairs, of which the last {n_steps - WARM} count, "
+            f"{n_tokens:,} tokens (each prompt once), {rounds} rounds, shape {shape}",
             flush=True,
         )
 
-        runs = {name: [] for name, *_ in sides}
+        runs = {}
         for _ in range(rounds):
-            for name, side, dtype in sides:
-                result = side(folder, device, dtype)
-                runs[name].append(result)
-                line = f"  {name:16} {n_tokens / result['seconds']:9,.0f} tok/s"
-                line += f"  {result['memory'] / 2**30:6.2f} GiB"
-                if "share" in result:
-                    line += f"  {result['share']:.0%} of the matrix rate"
-                print(line, flush=True)
+            for name, side, options in rows:
+                package = missing_package(side, options)
+                if package:
+                    print(f"  {name:16} skipped: {package} is not installed", flush=True)
+                    continue
+                t0 = time.time()
+                result = side(folder, device, batch_size, options)
+                if result is None:
+                    continue
+                runs.setdefault(name, []).append(result)
+                line = row_line(name, result, n_tokens)
+                print(f"{line}  ({time.time() - t0:.0f} s in all)", flush=True)
 
-    best = {name: min(results, key=lambda r: r["seconds"]) for name, results in runs.items()}
-    our_names = [name for name in best if name.startswith("ours")]
-    their_names = [name for name in best if name.startswith("TRL")]
-    for our_name in our_names:
-        for their_name in their_names:
-            a = best[our_name]
-            b = best[their_name]
-            apart = max(abs(x - y) for x, y in zip(a["losses"], b["losses"]))
-            print(
-                f"{our_name} : {their_name}  {b['seconds'] / a['seconds']:.2f} x the tokens/s, "
-                f"{a['memory'] / b['memory']:.2f} x the memory, losses {apart:.1e} apart; "
-                f"{a['share']:.0%} of the measured matrix rate",
-                flush=True,
-            )
+    # the best of each row
+    best = {}
+    for name, results in runs.items():
+        best[name] = min(results, key=counted_seconds)
+    print("best of each:", flush=True)
+    for name, result in best.items():
+        print(row_line(name, result, n_tokens), flush=True)
+    for our_name in best:
+        for their_name in best:
+            if our_name.startswith("ours") and their_name.startswith("TRL"):
+                print_pair(our_name, best[our_name], their_name, best[their_name])
+
+
+def counted_seconds(result):
+    return sum(result["seconds"][WARM:])
+
+
+def row_line(name, result, n_tokens):
+    line = f"  {name:16} {n_tokens / counted_seconds(result):9,.0f} tok/s"
+    line += f"  {result['memory'] / 2**30:6.2f} GiB"
+    line += f"  reference pass {result['reference_seconds']:5.1f} s"
+    line += "  steps " + " ".join(f"{seconds:.2f}" for seconds in result["seconds"]) + " s"
+    if "share" in result:
+        line += f"  {result['share']:.0%} of the matrix rate"
+    return line
+
+
+def print_pair(our_name, a, their_name, b):
+    """How one of our rows, a, compares with one of theirs, b."""
+    # The first rate is 0, so the first two losses are log(2) whatever the gradients are
+    losses = list(zip(a["losses"], b["losses"]))[2:]
+    apart = max(abs(x - y) for x, y in losses)
+    moved = max(abs(x - math.log(2)) for x, _ in losses)
+    norms = max(abs(x - y) / y for x, y in zip(a["norms"], b["norms"]))
+    print(
+        f"{our_name} : {their_name}  "
+        f"{counted_seconds(b) / counted_seconds(a):.2f} x the tokens/s, "
+        f"{a['memory'] / b['memory']:.2f} x the memory; "
+        f"losses at most {apart:.1e} apart, {moved:.1e} from log(2); "
+        f"norms of gradients {norms:.1e} of themselves apart",
+        flush=True,
+    )
 
 
 def main():
-    arguments = dict(a.lstrip("-").split("=") for a in sys.argv[1:])
-    n_pairs = int(arguments.get("pairs", 24))
-    rounds = int(arguments.get("rounds", 2))
-    sides = []
-    for dtype in ("float32", "bfloat16"):
-        sides += [(f"ours {dtype}", ours, dtype), (f"TRL {dtype}", theirs, dtype)]
-    compare("cpu", CPU, n_pairs, rounds, sides)
+    arguments = dict(a.removeprefix("--").split("=", 1) for a in sys.argv[1:])
+    device = arguments.get("device")
+    if device is None:
+        import torch
 
-    import torch
+        device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    if not torch.cuda.is_available():
-        print("no CUDA device: the GPU half was not run")
-        return
-    compare("cuda", GPU, 8 * n_pairs, rounds, sides[2:])
+    shape = CUDA if device == "cuda" else CPU
+    shape = shape | {"vocab_size": int(arguments.get("vocab", 32_000))}
+    if "layers" in arguments:
+        shape["num_hidden_layers"] = int(arguments["layers"])
+    n_steps = int(arguments.get("steps", 6))
+    if n_steps <= WARM:
+        sys.exit(f"--steps={n_steps}: the first {WARM} do not count")
+
+    rows = cuda_rows() if device == "cuda" else cpu_rows()
+    if "only" in arguments:
+        names = arguments["only"].split(",")
+        rows = [row for row in rows if row[0] in names]
+    rounds = int(arguments.get("rounds", 1 if device == "cuda" else 2))
+    compare(device, shape, n_steps, rounds, rows)
 
 
 if __name__ == "__main__":
     if "--trl" in sys.argv:
-        trl(*sys.argv[2:])
+        folder, device, batch_size, options = sys.argv[2:]
+        trl(folder, device, int(batch_size), json.loads(options))
     elif "--make" in sys.argv:
-        make(sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4]))
+        folder, device, shape, n_pairs = sys.argv[2:]
+        make(folder, device, json.loads(shape), int(n_pairs))
     else:
         main()
