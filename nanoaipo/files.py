@@ -11,6 +11,8 @@ numbers never do.
                  scores of all candidates, and q_w, q_l, g_w, g_l for objectives that want them
 """
 
+import codecs
+import contextlib
 import glob
 import gzip
 import json
@@ -21,34 +23,47 @@ import zlib
 from nanoaipo.errors import InputError, reason_of
 from nanoaipo.processes import RANK, WORLD_SIZE
 
+PARQUET = ".parquet"
+
 # ---------------------------------------------------------------------------------------- finding
 
 
 def find_files(path):
-    """The files behind a path: itself, a folder's *.jsonl, a glob, or NAME.jsonl's shards.
+    """The files behind a path: itself, its shards, all JSONL or Parquet of a folder, or a glob.
 
-    Shards are called NAME-00000-of-00008.jsonl. Raises InputError if there is no file, or if
-    shards are missing.
+    Shards of NAME.jsonl are called NAME-00000-of-00008.jsonl. A folder that is there is meant as it
+    is written: in out/run[1]/*.jsonl only the name is a pattern. Raises InputError if there is no
+    file, or if shards are missing.
     """
     if os.path.isfile(path):
         return [path]
 
-    # what several processes wrote under this name
-    stem, suffix = os.path.splitext(path)
-    numbered = re.compile(rf"-\d+-of-\d+{re.escape(suffix)}$")
-    shards = [f for f in glob.glob(f"{stem}-[0-9]*-of-[0-9]*{suffix}") if numbered.search(f)]
+    shards = find_shards(path)
     if shards:
         check_all_shards(path, shards)
-        return sorted(shards)
+        return shards
 
-    # a glob, or all that a folder holds
-    pattern = path
+    # a folder's files, JSONL before Parquet, or a glob
     if os.path.isdir(path):
-        pattern = os.path.join(path, "*.jsonl")
-    files = sorted(glob.glob(pattern))
-    if not files:
-        raise InputError(f"{path}: no such file")
-    return files
+        patterns = [os.path.join(glob.escape(path), f"*{suffix}") for suffix in (".jsonl", PARQUET)]
+    else:
+        folder, name = os.path.split(path)
+        if os.path.isdir(folder):
+            folder = glob.escape(folder)
+        patterns = [os.path.join(folder, name)]
+    for pattern in patterns:
+        files = sorted(glob.glob(pattern))
+        if files:
+            return files
+    raise InputError(f"{path}: no such file")
+
+
+def find_shards(path):
+    """What several processes wrote under this name, in order."""
+    stem, suffix = os.path.splitext(path)
+    numbered = re.compile(rf"-\d+-of-\d+{re.escape(suffix)}$")
+    found = glob.glob(f"{glob.escape(stem)}-[0-9]*-of-[0-9]*{glob.escape(suffix)}")
+    return sorted(file for file in found if numbered.search(file))
 
 
 def check_all_shards(path, shards):
@@ -70,9 +85,9 @@ def check_all_shards(path, shards):
 def read_records(path, *required):
     """Yield (where, record) for each object of a file; `where` is "file:line", for messages.
 
-    path: JSONL or a .json array, either with .gz; a glob or shards of such files; a folder of JSONL
-    files; or NAME:SPLIT or NAME:CONFIG:SPLIT of a Hugging Face data set. Raises InputError for what
-    is no record or lacks a required field.
+    path: a file of JSON lines or of a JSON array, with .gz or without, or of Parquet; a glob or
+    shards of such files; a folder of them; or NAME:SPLIT or NAME:CONFIG:SPLIT of a Hugging Face
+    data set. Raises InputError for what is no record or lacks a required field.
     """
     for where, record in read_rows(path):
         if not isinstance(record, dict):
@@ -85,12 +100,15 @@ def read_records(path, *required):
 
 def read_rows(path):
     """Yield (where, value) from whatever kind of source the path names."""
-    if ":" in path and not os.path.exists(path):  # a file's name may hold a colon too
+    is_file = os.path.exists(path) or find_shards(path)
+    if ":" in path and not is_file:  # a file's name may hold a colon too
         yield from read_data_set(path)
         return
 
     for file in find_files(path):
-        if file.removesuffix(".gz").endswith(".json"):
+        if file.endswith(PARQUET):
+            yield from read_parquet(file)
+        elif holds_array(file):
             yield from read_json_array(file)
         else:
             yield from read_json_lines(file)
@@ -111,8 +129,58 @@ def read_data_set(path):
         yield f"{path} row {n}", row
 
 
+def read_parquet(file):
+    """Yield (where, row) of a Parquet file, a batch of rows in memory."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    n = 0
+    try:
+        with ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    n += 1
+                    yield f"{file}:{n}", row
+    except (ArrowException, OSError) as e:
+        raise InputError(f"{file}: not Parquet: {reason_of(e)}") from e
+
+
+def holds_array(file):
+    """Whether a file is one JSON value, an array, and not a value a line; its first lines say it.
+
+    Names do not: many a .json holds lines, and a .jsonl an array.
+    """
+    first, second = first_lines(file)
+    if first.startswith(b"["):
+        return True
+    if not file.removesuffix(".gz").endswith(".json"):
+        return False
+
+    # a .json file holds lines if the first of several is a value of its own
+    try:
+        json.loads(first)
+    except ValueError:
+        return True
+    return not second
+
+
+def first_lines(file):
+    """The first two lines with something in them, stripped; empty where there are no more."""
+    lines = []
+    unpack = gzip.open if file.endswith(".gz") else open
+    with unpack(file, "rb") as f, contextlib.suppress(EOFError, OSError, zlib.error):
+        for line in f:  # what is broken is named by whoever reads all of it
+            line = line.removeprefix(codecs.BOM_UTF8).strip()
+            if line:
+                lines.append(line)
+            if len(lines) == 2:
+                break
+    first, second = (lines + [b"", b""])[:2]
+    return first, second
+
+
 def read_json_array(file):
-    """Yield (where, value) of a .json or .json.gz file, which holds one array."""
+    """Yield (where, value) of a file that holds one array."""
     content = read_bytes(file)
     try:
         values = json.loads(content)
@@ -129,7 +197,7 @@ def read_json_array(file):
 
 
 def read_json_lines(file):
-    """Yield (where, value) of a .jsonl or .jsonl.gz file; empty lines are passed over."""
+    """Yield (where, value) of a file with a value a line; empty lines are passed over."""
     for n, line in enumerate(read_lines(file), 1):
         if not line.strip():  # it has a number too
             continue

@@ -1,9 +1,11 @@
 """Reading records from whatever holds them, and naming what is none."""
 
+import codecs
 import gzip
 import json
 import os
 
+import pyarrow.parquet
 import pytest
 
 from nanoaipo import files
@@ -70,6 +72,60 @@ def test_shards_folders_globs_and_arrays_are_read_as_one_file(tmp_path):
         assert read(tmp_path / path) == [{"k": 0}, {"k": 1}, {"k": 2}]
     assert read(tmp_path / "b.json") == [{"k": 7}]
     assert read(tmp_path / "c.json.gz") == [{"k": 8}]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_lines_and_arrays_are_told_apart_by_what_a_file_holds(name, suffix, tmp_path):
+    lines = b'{"k": 1}\n\n{"k": 2}\n'
+    array = b'[\n {"k": 1},\n {"k": 2}\n]'
+    pack = gzip.compress if suffix else bytes
+
+    for content in (lines, array, codecs.BOM_UTF8 + lines, codecs.BOM_UTF8 + array):
+        (tmp_path / (name + suffix)).write_bytes(pack(content))
+        assert read(tmp_path / (name + suffix)) == [{"k": 1}, {"k": 2}]
+
+
+def test_a_broken_line_of_a_json_file_is_named_by_its_number(tmp_path):
+    path = write_lines(tmp_path / "a.json", {"k": 1}, {"k": 2}, '{"k": ')
+
+    with pytest.raises(InputError, match=r"a\.json:3: not JSON"):
+        read(path)
+
+
+def test_parquet_is_read_by_its_path_and_from_a_folder(tmp_path):
+    messages = [{"role": "user", "content": "a", "name": None}]
+    rows = [{"k": k, "prompt": messages} for k in range(2500)]
+    for n, part in enumerate((rows[:1200], rows[1200:])):
+        table = pyarrow.Table.from_pylist(part)
+        pyarrow.parquet.write_table(table, tmp_path / f"a-0000{n}-of-00002.parquet")
+
+    assert read(tmp_path) == rows
+    assert read(tmp_path / "a.parquet") == rows
+    where = [place for place, _ in files.read_records(str(tmp_path / "a-00001-of-00002.parquet"))]
+    assert where[-1] == f"{tmp_path}/a-00001-of-00002.parquet:1300"
+
+
+def test_what_is_called_parquet_and_is_none_is_named(tmp_path):
+    path = write_lines(tmp_path / "a.parquet", {"k": 1})
+
+    with pytest.raises(InputError, match=r"a\.parquet: not Parquet: "):
+        read(path)
+
+
+def test_brackets_and_colons_in_the_name_of_a_folder_are_no_pattern(tmp_path):
+    for name in ("run[1]", "run1", "lr:1"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for k in range(2):
+            write_lines(folder / f"a-0000{k}-of-00002.jsonl", {"k": f"{name} {k}"})
+
+    for path in ("run[1]/a.jsonl", "run[1]", "run[1]/*.jsonl"):
+        assert read(tmp_path / path) == [{"k": "run[1] 0"}, {"k": "run[1] 1"}]
+    assert read(tmp_path / "lr:1" / "a.jsonl") == [{"k": "lr:1 0"}, {"k": "lr:1 1"}]
+    assert read(tmp_path / "run[12]" / "a-00000*")[0] == {
+        "k": "run1 0"
+    }  # no such folder: a pattern
 
 
 def test_shards_of_one_run_have_to_be_all_there(tmp_path):
