@@ -13,22 +13,6 @@ import re
 from nanoaipo.errors import InputError, reason_of
 
 
-def as_messages(value, role="user"):
-    """A list of chat messages from a list of them or from a text, or None if it is neither."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if isinstance(value, list) and value and all(map(is_message, value)):
-        return value
-    return None
-
-
-def is_message(value):
-    """Whether a value is a chat message: an object whose role and content are texts."""
-    if not isinstance(value, dict):
-        return False
-    return isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
-
-
 def load_tokenizer(model, setting="model"):
     """(tokenizer, ids that end a turn) of a chat model.
 

@@ -1,82 +1,92 @@
-"""The columns that people's files of pairs have, to token ids ready for training."""
+"""Pairs of any layout (nanoaipo/messages.py) to token ids ready for training."""
 
 import array
 
-from nanoaipo.chat import as_messages, control_pattern, render, render_response
+from jinja2 import TemplateError
+
+from nanoaipo.chat import control_pattern, render, render_response
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
+from nanoaipo.messages import Dropped, UnusableRow, pair_messages, template_columns
+from nanoaipo.processes import print0
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-NOT_TRAINED_ON = ("prompt", "chosen", "rejected", "scores")  # left out of memory
 
 
-def read_pairs(path, tokenizer, eos_ids, max_length):
+def read_pairs(path, tokenizer, eos_ids, max_length, arguments=None, n_tokens=None):
     """Pairs ready for training: (records without their text, counts of what was dropped).
 
-    A record has prompt_ids, chosen_ids and rejected_ids, arrays of int. Pairs that carry ids keep
-    them; others are rendered here. Nothing is ever truncated: a pair with a sequence above
-    max_length tokens, or whose prompt spells a control token, is dropped and counted. Raises
-    InputError for what is no pair, or another model's, and if no pair is left.
+    arguments: of the chat template. n_tokens: the size of the model's vocabulary; None: the
+    tokenizer's. A record has prompt_ids, chosen_ids and rejected_ids, arrays of int, and the row's
+    id and numbers. Pairs that carry ids keep them; others are rendered here.
+
+    Nothing is ever truncated. A row is dropped, and counted by reason, if it is no pair, if its
+    prompt spells a control token, if the template refuses it, if both responses are the same, or if
+    a sequence is above max_length tokens. Raises InputError for what is no record, for another
+    model's ids, and if no pair is left.
     """
     control = control_pattern(tokenizer)
-    n_tokens = len(tokenizer)  # added tokens included; slow, so computed once
+    if n_tokens is None:
+        n_tokens = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
     pairs = []
-    counts = {"pairs": 0, "too_long": 0, "control_text": 0}
-    for where, pair in read_records(path, "prompt", "chosen", "rejected"):
-        read_messages(where, pair)
-
-        # ids: the sampled ones where they came along
-        if not any(key in pair for key in IDS):
-            if any(control.search(message["content"]) for message in pair["prompt"]):
-                counts["control_text"] += 1
-                continue
-            add_ids(where, pair, tokenizer, eos_ids, control)
-        check_ids(where, pair, n_tokens)
-
-        # both sequences begin with the prompt
-        longest = max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
-        if len(pair["prompt_ids"]) + longest > max_length:
-            counts["too_long"] += 1
+    dropped = Dropped()
+    for where, row in read_records(path):
+        try:
+            # the sampled ids where they came along
+            if all(row.get(key) is None for key in IDS):
+                row |= render_pair(where, row, tokenizer, eos_ids, control, arguments or {})
+            check_ids(where, row, n_tokens)
+            check_pair(where, row, max_length)
+        except UnusableRow as e:
+            dropped.add(e.reason, e)
             continue
-        pairs.append(without_text(pair))
+        pairs.append(without_text(row))
 
-    counts["pairs"] = len(pairs)
     if not pairs:
-        reasons = ", ".join(f"{n} {key}" for key, n in counts.items())
-        raise InputError(f"{path}: no pair is left to train on ({reasons})")
+        raise InputError(f"{path}: no pair is left to train on ({dropped.reasons() or 'no rows'})")
+    if dropped.counts:
+        print0(f"{path}: {dropped}")
+    counts = {"pairs": len(pairs), "too_long": 0, "control_text": 0}
+    counts.update(dropped.counts)
     return pairs, counts
 
 
-def read_messages(where, pair):
-    """Bring the prompt of a pair to messages, chosen and rejected to one message each."""
-    for key, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant")):
-        messages = as_messages(pair[key], role)
-        if not messages:
-            raise InputError(
-                f"{where}: '{key}' has to be a text or a list of messages with role and content"
-            )
-        pair[key] = messages
+def render_pair(where, row, tokenizer, eos_ids, control, arguments):
+    """{column: ids} of a pair that came as text; raises UnusableRow, with the reason."""
+    prompt, chosen, rejected = pair_messages(where, row)
+    arguments = arguments | template_columns(where, row)
 
-        if key == "prompt":
-            continue
-        if messages[:-1] == pair["prompt"]:  # a whole conversation, as UltraFeedback has it
-            pair[key] = messages[-1:]
-        if [message["role"] for message in pair[key]] != ["assistant"]:
-            raise InputError(
-                f"{where}: '{key}' has to be one message of the assistant, "
-                "or the prompt and that message"
+    # a template would turn such text into the control token itself
+    for message in prompt:
+        found = control.search(message["content"])
+        if found:
+            raise UnusableRow(
+                "control_text",
+                f"{where}: the prompt holds the control token {found[0]}; if it is rendered with a "
+                "chat template already, give the messages instead",
             )
 
+    try:
+        prompt_ids = render(tokenizer, prompt, where, arguments=arguments)
+        ids = {"prompt_ids": prompt_ids}
+        for name, response in (("chosen_ids", chosen), ("rejected_ids", rejected)):
+            ids[name] = render_response(
+                tokenizer, eos_ids, control, prompt, prompt_ids, response, arguments
+            )
+    except InputError as e:
+        reason = "rewritten"
+        if isinstance(e.__cause__, TemplateError):
+            reason = "refused_by_template"
+        raise UnusableRow(reason, place_first(where, e)) from e
+    return ids
 
-def add_ids(where, pair, tokenizer, eos_ids, control):
-    """Render a pair that came as text."""
-    prompt = pair["prompt"]
-    prompt_ids = render(tokenizer, prompt, where)
-    pair["prompt_ids"] = prompt_ids
-    for key in ("chosen", "rejected"):
-        pair[key + "_ids"] = render_response(
-            tokenizer, eos_ids, control, prompt, prompt_ids, pair[key]
-        )
+
+def place_first(where, error):
+    """The text of an error, which begins with the place of the row."""
+    text = str(error)
+    if text.startswith(where):
+        return text
+    return f"{where}: {text}"
 
 
 def check_ids(where, pair, n_tokens):
@@ -93,9 +103,24 @@ def check_ids(where, pair, n_tokens):
             )
 
 
+def check_pair(where, pair, max_length):
+    """Raise UnusableRow if both responses are the same, or a sequence is above max_length."""
+    if pair["chosen_ids"] == pair["rejected_ids"]:
+        raise UnusableRow("identical", f"{where}: chosen and rejected are the same")
+
+    # both sequences begin with the prompt
+    longest = max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+    n_tokens = len(pair["prompt_ids"]) + longest
+    if n_tokens > max_length:
+        raise UnusableRow("too_long", f"{where}: {n_tokens} tokens, and --max_length={max_length}")
+
+
 def without_text(pair):
-    """A pair as training holds it: ids as arrays, the text left out."""
-    record = {key: value for key, value in pair.items() if key not in NOT_TRAINED_ON}
+    """A pair as training holds it: ids as arrays, its id and its numbers."""
+    record = {}
+    for key, value in pair.items():
+        if key == "id" or isinstance(value, (int, float)):
+            record[key] = value
     for key in IDS:
         record[key] = array.array("i", pair[key])  # 4 bytes per id, a list takes 8 and an object
     return record

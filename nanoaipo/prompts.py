@@ -1,37 +1,52 @@
-"""The columns that people's files of prompts and candidates have, to our records."""
+"""People's files of prompts and candidates (layouts: nanoaipo/messages.py), to our records."""
 
 import hashlib
 import json
 
-from nanoaipo.chat import as_messages
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
-
-PROMPT_FIELDS = ("prompt", "messages", "instruction", "turns", "chosen")  # the first one there is
+from nanoaipo.messages import (
+    CHOSEN_FIELDS,
+    PROMPT_FIELDS,
+    REJECTED_FIELDS,
+    UnusableRow,
+    found_field,
+    pair_messages,
+    prompt_messages,
+    turn_texts,
+    with_system,
+)
+from nanoaipo.thoughts import split_thought
 
 # ---------------------------------------------------------------------------------------- prompts
 
 
-def read_prompts(path, field=""):
+def read_prompts(path, field="", dropped=None):
     """Prompts as a list of records with `id` and `prompt` (messages), in file order.
 
-    path: JSONL, a JSON array, or NAME:SPLIT or NAME:CONFIG:SPLIT of a Hugging Face data set. field:
-    the column that holds the prompt; empty takes the first of prompt, messages, instruction (with
-    its input), turns (the first of them), chosen (all but its last message). A prompt without id,
-    question_id or uid gets one from its text. Raises InputError for a row without a prompt, an id
-    that comes twice, and if there is no row.
+    path: what read_records reads. field: the column that holds the prompt; empty takes the first of
+    PROMPT_FIELDS: an instruction is asked with its input, of turns the first, of a conversation all
+    but its last answer. A prompt without id, question_id or uid gets one from its text.
+
+    dropped: a messages.Dropped, which gets the rows that hold no prompt; without it the first of
+    them is an error. Raises InputError for an id that comes twice, and if no prompt is left.
     """
     prompts = []
     first_seen = {}  # id -> where
     for where, row in read_records(path):
-        key = field or prompt_field(row)
-        messages = prompt_messages(where, row, key)
+        try:
+            messages = asked_messages(where, row, field)
+        except UnusableRow as e:
+            if dropped is None:
+                raise
+            dropped.add(e.reason, e)
+            continue
 
         # an id of its own has to be unique; of rows with the same text each gets one
-        prompt_id = row.get("id", row.get("question_id", row.get("uid")))
-        has_id = prompt_id is not None  # 0 is an id too
+        id_field = found_field(row, ("id", "question_id", "uid"))
+        has_id = id_field is not None  # 0 is an id too
         if has_id:
-            prompt_id = str(prompt_id)
+            prompt_id = str(row[id_field])
         else:
             prompt_id = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
         if prompt_id in first_seen and has_id:
@@ -47,87 +62,60 @@ def read_prompts(path, field=""):
         row["prompt"] = messages
         prompts.append(row)
 
+    if not prompts and dropped and dropped.counts:
+        raise InputError(f"{path}: no prompts in it ({dropped.reasons()})")
     if not prompts:
         raise InputError(f"{path}: no prompts in it")
     return prompts
 
 
-def prompt_field(row):
-    """The column of a row that holds its prompt."""
-    for field in PROMPT_FIELDS:
-        if row.get(field) is not None:
-            return field
-    return "prompt"
-
-
-def prompt_messages(where, row, key):
-    """The messages that a row asks, from its column `key`; `turns` is removed if it is another."""
-    # each kind of column to a text or messages
-    value = row.get(key)
+def asked_messages(where, row, field):
+    """The messages that a row asks; its `turns` are removed if another column is asked."""
+    field = field or found_field(row, PROMPT_FIELDS) or ""
     turns = row.pop("turns", None)  # whoever finds turns in a record asks them
-    if key == "turns":
+    if field == "turns":
         row["turns"] = turn_texts(turns)
-        value = None
-        if row["turns"] and all(isinstance(text, str) for text in row["turns"]):
-            value = row["turns"][0]
-    if key == "instruction" and isinstance(value, str):
-        value = with_input(row, value)
-    if key == "chosen" and isinstance(value, str):  # a response alone, not a conversation
-        value = None
-
-    messages = as_messages(value)
-    if not messages:
-        raise InputError(
-            f"{where}: '{key}' has to be a text or a list of messages with role and content; "
-            "--prompt_field names the column"
-        )
+    messages = prompt_messages(where, row, field)
 
     # a whole conversation: ask for its last answer
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages:
-        raise InputError(f"{where}: '{key}' holds no prompt before the assistant's message")
-    return messages
-
-
-def turn_texts(turns):
-    """The turns of a question of MT-Bench or Arena-Hard: texts, or objects with a content."""
-    if not isinstance(turns, list):
-        turns = [turns]
-    return [turn.get("content") if isinstance(turn, dict) else turn for turn in turns]
-
-
-def with_input(row, instruction):
-    """An instruction and, as rows of Alpaca and self-instruct may have one, its input below it."""
-    extra = row.get("input")
-    if not extra:
-        instances = [i for i in row.get("instances") or () if isinstance(i, dict)]
-        extra = next((i["input"] for i in instances if i.get("input")), None)
-    if not extra:
-        return instruction
-    return f"{instruction}\n\n{extra}"
+        raise UnusableRow(
+            "no_prompt", f"{where}: '{field}' holds no prompt before the assistant's message"
+        )
+    return with_system(row, messages)
 
 
 # ------------------------------------------------------------------------------------- candidates
 
 
-def read_candidates(path):
+def read_candidates(path, dropped=None):
     """Yield (where, record) of candidates, brought to the form in nanoaipo/files.py.
 
     Responses may come as bare texts. Pairs that others have ranked are candidates too: chosen and
-    rejected become their two responses. Raises InputError for a row that is neither.
+    rejected become their two responses. A response from elsewhere that holds a thought keeps it
+    apart, as `thought`. A row without an id is told apart by its number.
+
+    dropped: a messages.Dropped, which gets the rows whose messages cannot be used; without it the
+    first of them is an error. Raises InputError for a row that is neither candidates nor a pair.
     """
-    for n, (where, row) in enumerate(read_records(path, "prompt")):
-        row["id"] = str(row.get("id", n))
-        row["prompt"] = as_messages(row["prompt"])
-        if not row["prompt"]:
-            raise InputError(
-                f"{where}: 'prompt' has to be a text or a list of messages with role and content"
-            )
+    for n, (where, row) in enumerate(read_records(path)):
+        try:
+            if row.get("responses") is None:
+                row["prompt"], row["responses"] = responses_of_pair(where, row)
+            else:
+                row["prompt"] = with_system(row, prompt_messages(where, row))
+        except UnusableRow as e:
+            if dropped is None:
+                raise
+            dropped.add(e.reason, e)
+            continue
+        if row.get("id") is None:
+            row["id"] = n
+        row["id"] = str(row["id"])
 
         # responses, as objects
-        if "responses" not in row:
-            row["responses"] = responses_of_pair(where, row)
         responses = row["responses"]
         if isinstance(responses, list):
             responses = [{"text": r} if isinstance(r, str) else r for r in responses]
@@ -136,26 +124,31 @@ def read_candidates(path):
                 f"{where}: 'responses' has to be a list of texts, "
                 "or of objects with a text (and ids, a list)"
             )
-        row["responses"] = responses
+        row["responses"] = [with_thought_apart(response) for response in responses]
         yield where, row
 
 
 def responses_of_pair(where, row):
-    """Chosen and rejected as two responses, with their ids where the pair has them.
+    """(Prompt, two responses) of a pair, chosen and rejected, with their ids where it has them.
 
     Both are taken out of the row: the next ranking may turn them around.
     """
+    fields = [found_field(row, CHOSEN_FIELDS), found_field(row, REJECTED_FIELDS)]
+    if None in fields or not all(row[field] for field in fields):
+        raise InputError(f"{where}: neither 'responses' nor 'chosen' and 'rejected' in it")
+    prompt, chosen, rejected = pair_messages(where, row)
+
     responses = []
-    for side in ("chosen", "rejected"):
-        messages = as_messages(row.pop(side, None))
-        if not messages:
-            raise InputError(f"{where}: neither 'responses' nor 'chosen' and 'rejected' in it")
-        response = {"text": messages[-1]["content"]}
+    for field, side, (message,) in zip(fields, ("chosen", "rejected"), (chosen, rejected)):
+        del row[field]
+        response = {"text": message["content"]}
+        if message.get("reasoning_content"):
+            response["thought"] = message["reasoning_content"]
         ids = row.pop(side + "_ids", None)
         if ids is not None:
             response["ids"] = ids
         responses.append(response)
-    return responses
+    return prompt, responses
 
 
 def is_response(value):
@@ -163,3 +156,13 @@ def is_response(value):
     if not isinstance(value, dict):
         return False
     return isinstance(value.get("text"), str) and isinstance(value.get("ids", []), list)
+
+
+def with_thought_apart(response):
+    """A response whose text is the answer alone; what was thought before it is its `thought`."""
+    if response.get("thought") is not None:
+        return response
+    thought, answer = split_thought(response["text"])
+    if thought is None:
+        return response
+    return response | {"text": answer, "thought": thought}

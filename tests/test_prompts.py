@@ -4,6 +4,7 @@ import pytest
 from test_files import write_lines
 
 from nanoaipo.errors import InputError
+from nanoaipo.messages import Dropped
 from nanoaipo.prompts import read_candidates, read_prompts
 
 
@@ -91,6 +92,43 @@ def test_what_is_no_prompt_is_refused(rows, message, tmp_path):
         read_prompts(path)
 
 
+def test_prompts_come_in_the_layouts_of_pairs_too(tmp_path):
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    talk = [{"from": "human", "value": "c"}, {"from": "gpt", "value": "-"}]
+    path = write_lines(
+        tmp_path / "p.jsonl",
+        {"prompt": [{"role": "user", "content": parts, "name": None}]},
+        {"conversations": talk},
+        {"question": "d", "system": "Be brief."},
+        {"input": {"messages": [{"role": "user", "content": "e"}]}, "preferred_output": []},
+        {"chosen": "\n\nHuman: f\n\nAssistant: g", "rejected": "\n\nHuman: f\n\nAssistant: h"},
+    )
+
+    rows = read_prompts(path)
+
+    assert contents(rows) == ["a b", "c", "d", "e", "f"]
+    assert [len(row["prompt"]) for row in rows] == [1, 1, 2, 1, 1]
+    assert rows[0]["prompt"] == [{"role": "user", "content": "a b"}]
+    assert rows[2]["prompt"][0] == {"role": "system", "content": "Be brief."}
+
+
+def test_rows_without_a_prompt_are_dropped_and_counted_for_who_asks(tmp_path):
+    image = [{"role": "user", "content": [{"type": "image", "image": "x"}]}]
+    path = write_lines(tmp_path / "p.jsonl", {"text": "x"}, {"prompt": "a"}, {"prompt": image})
+    none = write_lines(tmp_path / "none.jsonl", {"text": "x", "prompt": None})
+    dropped = Dropped()
+
+    rows = read_prompts(path, dropped=dropped)
+
+    assert contents(rows) == ["a"]
+    assert dropped.counts == {"no_prompt": 1, "not_text": 1}
+    assert "p.jsonl:3: 'prompt': message 1 holds an image" in str(dropped)
+    with pytest.raises(InputError, match=r"p.jsonl:1: .* the columns are text; wanted is one of"):
+        read_prompts(path)
+    with pytest.raises(InputError, match=r"none.jsonl: no prompts in it \(1 no_prompt .*are text;"):
+        read_prompts(none, dropped=Dropped())
+
+
 def test_a_hub_dataset_is_named_with_its_split(tmp_path):
     write_lines(tmp_path / "part.jsonl", {"prompt": "from datasets"})
 
@@ -124,3 +162,67 @@ def test_pairs_that_are_ranked_again_keep_each_texts_own_ids(tmp_path):
     assert row["responses"] == [{"text": "a", "ids": [2, 3]}, {"text": "b", "ids": [4]}]
     assert row["prompt_ids"] == [1]
     assert not row.keys() & {"chosen", "rejected", "chosen_ids", "rejected_ids"}
+
+
+def test_candidates_without_an_id_are_told_apart_by_their_number(tmp_path):
+    row = {"id": None, "prompt": "x", "responses": ["a"]}
+    path = write_lines(tmp_path / "c.jsonl", row, row, row | {"id": 0.5})
+
+    assert [row["id"] for _, row in read_candidates(path)] == ["0", "1", "0.5"]
+
+
+def test_pairs_of_any_layout_are_candidates(tmp_path):
+    talk = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    chosen = {"role": "assistant", "content": "a", "reasoning_content": "hm"}
+    rejected = {"role": "assistant", "content": "b"}
+    path = write_lines(
+        tmp_path / "c.jsonl",
+        {"prompt": "q", "chosen": talk + [chosen], "rejected": talk + [rejected]},
+        {
+            "input": {"messages": talk},
+            "preferred_output": [chosen],
+            "non_preferred_output": [rejected],
+        },
+    )
+
+    for _, row in read_candidates(path):
+        assert row["prompt"] == talk
+        assert row["responses"] == [{"text": "a", "thought": "hm"}, {"text": "b"}]
+        assert not row.keys() & {"chosen", "rejected", "preferred_output"}
+
+
+def test_rows_that_are_no_pair_are_dropped_and_counted_for_who_asks(tmp_path):
+    path = write_lines(
+        tmp_path / "c.jsonl",
+        {"chosen": "a", "rejected": "b"},
+        {"prompt": "x", "chosen": "a", "rejected": "b"},
+    )
+    dropped = Dropped()
+
+    ((_, row),) = read_candidates(path, dropped)
+
+    assert row["responses"] == [{"text": "a"}, {"text": "b"}]
+    assert dropped.counts == {"no_prompt": 1}
+    with pytest.raises(InputError, match="c.jsonl:1: field 'prompt' is missing"):
+        list(read_candidates(path))
+
+
+def test_a_thought_in_a_response_from_elsewhere_is_kept_apart(tmp_path):
+    responses = [
+        {"text": "<think>\nhm\n</think>\n\nyes", "ids": [1, 2]},
+        "hm</think>no",
+        "<think>endless",
+        {"text": "plain <b>", "thought": "told apart already"},
+        "plain",
+    ]
+    path = write_lines(tmp_path / "c.jsonl", {"prompt": "x", "responses": responses})
+
+    ((_, row),) = read_candidates(path)
+
+    assert row["responses"] == [
+        {"text": "yes", "ids": [1, 2], "thought": "hm"},
+        {"text": "no", "thought": "hm"},
+        {"text": "", "thought": "endless"},
+        {"text": "plain <b>", "thought": "told apart already"},
+        {"text": "plain"},
+    ]

@@ -15,9 +15,9 @@ import os
 
 import numpy as np
 
-from nanoaipo.chat import as_messages
 from nanoaipo.errors import InputError
 from nanoaipo.files import find_files, read_records
+from nanoaipo.messages import as_messages
 from nanoaipo.prompts import read_candidates
 from nanoaipo.stages import manifest_path
 
@@ -216,10 +216,7 @@ def read_pairs(folder, logps):
 
 def last_message(where, row, field):
     """The text of a response, which is a text or a list of messages; where: its file and line."""
-    messages = as_messages(row[field])
-    if not messages:
-        raise InputError(f"{where}: '{field}' has to be a text or a list of messages")
-    return messages[-1]["content"]
+    return as_messages(row[field], f"{where}: '{field}'")[-1]["content"]
 
 
 def read_manifests(folder, stage):

@@ -1,0 +1,393 @@
+"""Messages, prompts and pairs in the layouts that people's files have, brought to one form.
+
+prompt      a text; messages; a question, an instruction with its input, a benchmark's turns;
+            with a system column or without; missing where chosen and rejected are conversations
+chosen,     a text (Anthropic HH's "\\n\\nHuman: ...\\n\\nAssistant: ..." too), a message, a
+rejected    conversation; OpenAI calls them preferred_output and non_preferred_output
+messages    OpenAI's role and content, ShareGPT's from and value; contents in parts of text
+tools,      what TRL hands to the chat template
+chat_template_kwargs
+"""
+
+import collections
+import json
+import re
+
+from nanoaipo.errors import InputError
+
+PROMPT_FIELDS = (  # the first one there is
+    "prompt",
+    "messages",
+    "conversations",
+    "instruction",
+    "turns",
+    "question",
+    "input",
+    "chosen",
+)
+CHOSEN_FIELDS = ("chosen", "preferred_output", "chosen_response", "output")
+REJECTED_FIELDS = ("rejected", "non_preferred_output", "rejected_response")
+SYSTEM_FIELDS = ("system", "system_prompt")
+
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}  # other names are roles already
+TEXT_PARTS = ("text", "input_text", "output_text")
+
+# ----------------------------------------------------------------------------------- unusable rows
+
+
+class UnusableRow(InputError):
+    """A row that gives no prompt or no pair; `reason` is the word under which it is counted."""
+
+    def __init__(self, reason, message):
+        super().__init__(message)
+        self.reason = reason
+
+
+class Dropped:
+    """Rows that cannot be used: their number by reason, and what is wrong with the first of each.
+
+    As a text "3 rows dropped: 2 no_prompt (pairs.jsonl:7: ...), 1 identical (pairs.jsonl:9: ...)".
+    """
+
+    def __init__(self):
+        self.counts = collections.Counter()
+        self.first = {}  # reason -> message
+
+    def add(self, reason, message):
+        """Count one more row; the message begins with its place."""
+        self.counts[reason] += 1
+        self.first.setdefault(reason, str(message))
+
+    def reasons(self):
+        """The numbers and the first row of each reason, as a text."""
+        return ", ".join(
+            f"{n} {reason} ({self.first[reason]})" for reason, n in self.counts.items()
+        )
+
+    def __str__(self):
+        n = self.counts.total()
+        rows = "1 row" if n == 1 else f"{n} rows"
+        return f"{rows} dropped: {self.reasons()}"
+
+
+# ---------------------------------------------------------------------------------------- messages
+
+
+def as_messages(value, name, role="user"):
+    """A list of chat messages from a text, from one message or from a list of them.
+
+    name: what the value is called, such as "pairs.jsonl:7: 'prompt'". role: whose a text is. Keys
+    that are null are no keys; others stay, because templates read them (tool_calls, name,
+    reasoning_content). Raises UnusableRow for what is none of these, or holds more than text.
+    """
+    if isinstance(value, str):
+        return hh_messages(value) or [{"role": role, "content": value}]
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise no_messages(name)
+    return [as_message(message, f"{name}: message {n}", name) for n, message in enumerate(value, 1)]
+
+
+def no_messages(name):
+    """The error of a value that is neither a text nor messages."""
+    message = f"{name} has to be a text or a list of messages with role and content"
+    return UnusableRow("no_messages", message)
+
+
+def as_message(value, name, list_name):
+    """One message of a list: null keys dropped, OpenAI's names of keys, its content one text."""
+    if not isinstance(value, dict):
+        raise no_messages(list_name)
+    message = without_nulls(value)
+
+    # ShareGPT's names
+    if "role" not in message and "from" in message:
+        sender = message.pop("from")
+        message["role"] = sender
+        if isinstance(sender, str):
+            message["role"] = SHAREGPT_ROLES.get(sender, sender)
+        message["content"] = message.pop("value", None)
+    if not isinstance(message.get("role"), str):
+        raise no_messages(list_name)
+
+    content = message.get("content")
+    if isinstance(content, list):
+        content = join_parts(content, name)
+    # a call of tools stands beside no content
+    if content is None and message["role"] == "assistant" and message.get("tool_calls"):
+        content = ""
+    if content is None:
+        raise UnusableRow("no_content", f"{name} ({message['role']}) has no content")
+    if not isinstance(content, str):
+        raise no_messages(list_name)
+    message["content"] = content
+    return message
+
+
+def without_nulls(value):
+    """A value without the keys that are null, also inside: tables fill in what a row lacks."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def join_parts(parts, name):
+    """The text of a content in parts; raises UnusableRow, which names the kind, for other parts."""
+    texts = []
+    for part in parts:
+        if isinstance(part, str):
+            part = {"type": "text", "text": part}
+        kind = "part of no type"
+        if isinstance(part, dict):
+            kind = part.get("type", kind)
+        if kind in TEXT_PARTS and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+            continue
+        if kind in TEXT_PARTS:
+            kind = "part without its text"
+        kind = str(kind).removesuffix("_url")
+        article = "an" if kind[:1] in "aeiou" else "a"
+        raise UnusableRow("not_text", f"{name} holds {article} {kind}, and only text is read")
+    if not texts:
+        raise UnusableRow("no_content", f"{name} has no content")
+    return "".join(texts)
+
+
+def hh_messages(text):
+    """The messages of a conversation as Anthropic's HH writes it, or None for any other text.
+
+    It begins with "\\n\\nHuman:", and a prompt ends with "\\n\\nAssistant:".
+    """
+    if not text.lstrip(" ").startswith("\n\nHuman:"):
+        return None
+    roles = {"Human": "user", "Assistant": "assistant"}
+    _, *pieces = re.split(r"\n\n(Human|Assistant):", text)  # speaker, text, speaker, text, ...
+    messages = []
+    for speaker, content in zip(pieces[::2], pieces[1::2]):
+        messages.append({"role": roles[speaker], "content": content.strip()})
+    if messages[-1] == {"role": "assistant", "content": ""}:
+        messages.pop()
+    return messages
+
+
+# ----------------------------------------------------------------------------------------- columns
+
+
+def found_field(row, fields):
+    """The first of these columns that a row has, or None; a null is none."""
+    for field in fields:
+        if row.get(field) is not None:
+            return field
+    return None
+
+
+def columns_of(row):
+    """The names of a row's columns, as a text for messages."""
+    return ", ".join(str(key) for key, value in row.items() if value is not None) or "none"
+
+
+def template_columns(where, row):
+    """What a row hands to the chat template: its tools, and its chat_template_kwargs.
+
+    Either may be a text of JSON. Raises UnusableRow for other texts.
+    """
+    tools = row.get("tools")
+    if not tools and isinstance(row.get("input"), dict):  # OpenAI's layout
+        tools = row["input"].get("tools")
+    arguments = from_json(row.get("chat_template_kwargs"), f"{where}: 'chat_template_kwargs'") or {}
+    tools = from_json(tools, f"{where}: 'tools'")
+    if tools:
+        arguments["tools"] = tools
+    return arguments
+
+
+def from_json(value, name):
+    """A value without nulls; a text is read as JSON, and UnusableRow raised if it is none."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as e:
+            raise UnusableRow("no_json", f"{name} is a text, and not one of JSON: {e}") from e
+    return without_nulls(value)
+
+
+def with_system(row, messages):
+    """The messages behind the system message of a column of its own, unless they have one."""
+    field = found_field(row, SYSTEM_FIELDS)
+    if field is None or not isinstance(row[field], str) or not row[field].strip():
+        return messages
+    if messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": row[field]}] + messages
+
+
+# ----------------------------------------------------------------------------------------- prompts
+
+
+def prompt_messages(where, row, field=""):
+    """The messages of the column that holds a row's prompt; empty takes the first there is.
+
+    They may end with an answer where the column is a whole conversation. Raises UnusableRow.
+    """
+    field = field or found_field(row, PROMPT_FIELDS)
+    if field is None:
+        raise UnusableRow("no_prompt", f"{where}: {no_prompt(row)}")
+    if row.get("images"):
+        raise UnusableRow("not_text", f"{where}: holds images, and only text is read")
+    value = row.get(field)
+
+    # each kind of column to a text or messages
+    if isinstance(value, dict) and "messages" in value:  # OpenAI's input
+        value = value["messages"]
+    if field == "turns":
+        texts = turn_texts(value)
+        value = None
+        if texts and all(isinstance(text, str) for text in texts):
+            value = texts[0]
+    if field == "instruction" and isinstance(value, str):
+        value = with_input(row, value)
+
+    messages = as_messages(value, f"{where}: '{field}'")
+    if field in CHOSEN_FIELDS and len(messages) == 1 and isinstance(value, str):
+        raise UnusableRow(
+            "no_prompt",
+            f"{where}: '{field}' has to be a conversation where no column holds the prompt",
+        )
+    return messages
+
+
+def no_prompt(row):
+    """What is wrong with a row that has no prompt."""
+    return (
+        "'prompt' has to be a text or a list of messages with role and content; "
+        f"the columns are {columns_of(row)}; wanted is one of {', '.join(PROMPT_FIELDS)}, "
+        "or the one that --prompt_field names"
+    )
+
+
+def turn_texts(turns):
+    """The turns of a question of MT-Bench or Arena-Hard: texts, or objects with a content."""
+    if not isinstance(turns, list):
+        turns = [turns]
+    return [turn.get("content") if isinstance(turn, dict) else turn for turn in turns]
+
+
+def with_input(row, instruction):
+    """An instruction and, as rows of Alpaca and self-instruct may have one, its input below it."""
+    extra = row.get("input")
+    if not extra:
+        instances = [i for i in row.get("instances") or () if isinstance(i, dict)]
+        extra = next((i["input"] for i in instances if i.get("input")), None)
+    if not extra:
+        return instruction
+    return f"{instruction}\n\n{extra}"
+
+
+# ------------------------------------------------------------------------------------------- pairs
+
+
+def pair_messages(where, row):
+    """(prompt, chosen, rejected) of a row of any layout: messages, and one answer each, in lists.
+
+    Where chosen and rejected are conversations, the prompt is what both begin with (as in TRL's
+    extract_prompt), and a prompt column has to be part of it. Raises UnusableRow.
+    """
+    chosen = side_messages(where, row, CHOSEN_FIELDS)
+    rejected = side_messages(where, row, REJECTED_FIELDS)
+    asked = None
+    field = found_field(row, PROMPT_FIELDS)
+    if field not in CHOSEN_FIELDS:
+        asked = prompt_messages(where, row, field)
+
+    # both as conversations: an answer alone follows the prompt
+    conversations = [side for side in (chosen, rejected) if len(side) > 1]
+    if conversations:
+        before = conversations[0][:-1]
+    elif asked:
+        before = asked
+    else:
+        raise UnusableRow("no_prompt", f"{where}: {no_pair(row, 'prompt')}")
+    if len(chosen) == 1:
+        chosen = before + chosen
+    if len(rejected) == 1:
+        rejected = before + rejected
+
+    # what both begin with, and one answer behind it
+    n = common_length(chosen[:-1], rejected[:-1])
+    prompt = chosen[:n]
+    for name, answer in (("chosen", chosen[n:]), ("rejected", rejected[n:])):
+        if [message["role"] for message in answer] != ["assistant"]:
+            raise UnusableRow(
+                "not_one_answer",
+                f"{where}: '{name}' has to be one message of the assistant, "
+                "or the prompt and that message",
+            )
+
+    # the prompt column may hold more in front (a system message), or its first question alone
+    if asked and conversations:
+        prompt = reconcile(where, asked, prompt)
+    if not prompt:
+        raise UnusableRow("no_prompt", f"{where}: chosen and rejected have no prompt in common")
+    if prompt[-1]["role"] == "assistant":
+        raise UnusableRow(
+            "prompt_ends_with_assistant",
+            f"{where}: the prompt ends with a message of the assistant, and no template opens "
+            "another one behind it",
+        )
+    return with_system(row, prompt), chosen[n:], rejected[n:]
+
+
+def side_messages(where, row, fields):
+    """The messages of chosen or rejected, an answer alone or a conversation."""
+    field = found_field(row, fields)
+    if field is None:
+        raise UnusableRow(f"no_{fields[0]}", f"{where}: {no_pair(row, fields[0])}")
+    return as_messages(row[field], f"{where}: '{field}'", "assistant")
+
+
+def no_pair(row, field):
+    """What is wrong with a row that lacks a column of a pair."""
+    return (
+        f"field '{field}' is missing; the columns are {columns_of(row)}; wanted are prompt, "
+        "chosen and rejected (texts or messages), chosen and rejected (conversations), "
+        "or input, preferred_output and non_preferred_output"
+    )
+
+
+def common_length(first, second):
+    """How many messages two conversations begin with in common."""
+    n = 0
+    for one, other in zip(first, second):
+        if one != other:
+            break
+        n += 1
+    return n
+
+
+def reconcile(where, asked, prompt):
+    """The whole prompt, from a prompt column and what both conversations begin with.
+
+    The longer one, if the other is a part of it. Raises UnusableRow if they say different things.
+    """
+    texts = spoken(prompt)
+    if spoken(asked)[-len(texts) :] == texts:
+        return asked
+
+    if asked[-1]["role"] == "assistant":  # a column `messages` may be the chosen conversation
+        asked = asked[:-1]
+    wanted = spoken(asked)
+    for start in range(len(texts) - len(wanted) + 1):
+        if texts[start : start + len(wanted)] == wanted:
+            return prompt
+    raise UnusableRow(
+        "prompt_differs",
+        f"{where}: the prompt is another one than that of the conversations in chosen and rejected",
+    )
+
+
+def spoken(messages):
+    """Who says what, the white space around it aside."""
+    return [(message["role"], message["content"].strip()) for message in messages]
