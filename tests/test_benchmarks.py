@@ -36,6 +36,7 @@ from benchmark_files import (
 from conftest import ROOT, run
 
 from nanoaipo import questions
+from nanoaipo.benchmarks.answers import read_answers
 
 # ---- files that cannot be scored ----
 
@@ -401,3 +402,20 @@ def baseline_parts(row):
     end_of_a = "<|The End of Assistant A's Answer|>"
     first, second = row["games"]
     return first["user_prompt"].split(end_of_a)[0], second["user_prompt"].split(end_of_a)[1]
+
+
+def test_official_answers_with_a_text_or_nothing_as_their_metadata_are_read(tmp_path):
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": {"answer": "a"}}]
+    rows = []
+    for k, metadata in enumerate(("temperature 0.7", None, {"token_len": 7})):
+        rows.append({"uid": str(k), "model": "m", "messages": messages, "metadata": metadata})
+    rows.append({"instruction": "i", "output": "a", "generator": "m", "metadata": "x", "uid": None})
+    path = tmp_path / "answers.json"
+    path.write_text(json.dumps(rows))
+
+    answers, name = read_answers(str(path))
+
+    assert name == "m"
+    assert list(answers) == ["0", "1", "2", "i"]
+    assert [answer.tokens for answer in answers.values()] == [None, None, 7, None]
+    assert {tuple(answer.texts) for answer in answers.values()} == {("a",)}

@@ -7,6 +7,7 @@ import time
 
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
+from nanoaipo.messages import found_field
 
 # texts: of all turns; tokens: of the first turn as the file says, or None
 Answer = collections.namedtuple("Answer", "texts tokens")
@@ -25,7 +26,7 @@ def parse_answer(row):
     The key is the instruction (AlpacaEval), else question_id or uid. Raises one of LookupError,
     TypeError, ValueError, AttributeError when the record is in none of these formats.
     """
-    key = row.get("question_id", row.get("uid", row.get("instruction")))
+    key = row.get(found_field(row, ("question_id", "uid", "instruction")))
     tokens = None
 
     if "output" in row:  # AlpacaEval
@@ -41,7 +42,8 @@ def parse_answer(row):
         name = row["model"]
         contents = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
         texts = [text_of(content, "answer") for content in contents]
-        tokens = row.get("metadata", {}).get("token_len")
+        if isinstance(row.get("metadata"), dict):  # some write a text, or null
+            tokens = row["metadata"].get("token_len")
     else:  # generate.py --task=answers
         name = None  # its file does not say
         responses = row["responses"][:1] + row.get("later_responses", [])
