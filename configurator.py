@@ -142,6 +142,13 @@ def changes(arguments, own, every):
     """
     recipes = [argument for argument in arguments if not argument.startswith("--")]
     options = [argument for argument in arguments if argument.startswith("--")]
+
+    # a value behind a space would be taken for the recipe
+    for option, value in zip(arguments, arguments[1:]):
+        if option.startswith("--") and "=" not in option and not value.startswith("--"):
+            check_known(option, option.removeprefix("--"), own)
+            raise InputError(f"{option} {value}: write {option}={value}")
+
     if len(recipes) > 1:
         raise InputError(f"one recipe at most, got {' '.join(recipes)}")
 

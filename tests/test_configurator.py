@@ -89,10 +89,13 @@ def test_a_value_takes_the_type_of_the_default(run, argument, value):
         ("--fast=1", "takes a value of type bool"),
         ("--beta", "write --beta=value"),
         ("--loss=dpo", "unknown setting 'loss'"),
+        ("--beta 0.2", "--beta 0.2: write --beta=0.2"),
+        ("--steps -1 --beta=1", "--steps -1: write --steps=-1"),
+        ("--bete 0.2", "--bete: unknown setting 'bete', did you mean 'beta'"),
     ],
 )
 def test_a_wrong_argument_ends_with_one_line_that_says_what_is_right(run, argument, message):
-    code, text = run(argument)
+    code, text = run(*argument.split())
 
     assert code == 1
     assert message in text
