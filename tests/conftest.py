@@ -25,6 +25,9 @@ from warm import warm  # noqa: E402
 ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.update(ENV)
 
+# scripts run on the CPU, whose bytes repeat and which takes any number of processes
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+
 # ----------------------------------------------------------------------------- running the scripts
 
 
@@ -37,7 +40,7 @@ def warm_python():
     stack = contextlib.ExitStack()
     atexit.register(stack.close)
     folder = stack.enter_context(tempfile.TemporaryDirectory())
-    env = stack.enter_context(warm(folder))
+    env = stack.enter_context(warm(folder, **NO_GPU))
     return shutil.which("python", path=env["PATH"])
 
 
@@ -55,7 +58,7 @@ def run(script, *args, python=(), env=None, **settings):
     return subprocess.run(
         [str(word) for word in command],
         cwd=ROOT,
-        env=os.environ | (env or {}),
+        env=os.environ | NO_GPU | (env or {}),
         capture_output=True,
         text=True,
         timeout=300,
