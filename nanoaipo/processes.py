@@ -7,6 +7,8 @@ import os
 import resource
 import sys
 
+from nanoaipo.errors import InputError
+
 DTYPES = ("bfloat16", "float32")
 
 # torchrun sets both; without it a script is one process
@@ -23,6 +25,10 @@ def pick_device():
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
+
+    # On H100 and later cuDNN is the first choice of scaled_dot_product_attention. It plans anew for
+    # every shape, and each step of sampling is one; wrong values were reported (pytorch #193893).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
@@ -44,25 +50,44 @@ def keep_freed_memory():
         libc.mallopt(m_mmap_threshold, 2**30)
 
 
+def check_environment():
+    """Raise InputError for variables that torchrun would not set, such as a cluster's own."""
+    if RANK >= WORLD_SIZE:
+        raise InputError(
+            f"RANK={RANK}, WORLD_SIZE={WORLD_SIZE}: unset both, or start with torchrun"
+        )
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if WORLD_SIZE > 1 and name not in os.environ:
+            raise InputError(
+                f"WORLD_SIZE={WORLD_SIZE}, and {name} is not set: start with torchrun, "
+                "or unset RANK and WORLD_SIZE for one process"
+            )
+
+
 def start_processes(device, shard_size=0):
     """Connect the processes of this run and return the mesh over which FSDP shards.
 
     shard_size: processes that share one copy of the weights; 0: all. With it the mesh has two
-    dimensions, (replicate, shard).
+    dimensions, (replicate, shard). Raises InputError if the environment does not say where the
+    processes meet.
     """
     import torch.distributed as dist
 
+    check_environment()
     if device.type == "cpu":
         keep_freed_memory()
         backend = "gloo"
+        device_id = None
     else:
         backend = "nccl"
+        device_id = device
     timeout = datetime.timedelta(hours=2)  # the others wait while rank 0 writes a large model
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:  # started by python, not by torchrun: one process, and no port is opened
-        store = dist.HashStore()
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
+
+    # one process alone, whatever set RANK, opens no port
+    alone = {}
+    if WORLD_SIZE == 1:
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=timeout, device_id=device_id, **alone)
 
     if shard_size:
         shape = (WORLD_SIZE // shard_size, shard_size)
@@ -76,7 +101,10 @@ def peak_memory(device):
         import torch
 
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":
+        return peak / 2**30  # macOS counts bytes
+    return peak / 2**20  # Linux KiB
 
 
 def stop_processes():
