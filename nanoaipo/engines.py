@@ -75,6 +75,17 @@ def context_length(model):
     return getattr(text_config, "max_position_embeddings", 2**31)
 
 
+def exact_attention(config):
+    """The attn_implementation under which transformers computes this model exactly.
+
+    None: its own choice, which is sdpa for nearly all. sdpa has no soft-cap on attention logits and
+    swallows Gemma-2's without a word. Attention sinks it refuses by itself.
+    """
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        return "eager"
+    return None
+
+
 # ------------------------------------------------------------------------------------------- vLLM
 
 

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from nanoaipo.chat import control_pattern, load_tokenizer, render
+from nanoaipo.engines import exact_attention
 from nanoaipo.errors import InputError, reason_of
 from nanoaipo.grading import is_right
 from nanoaipo.judges import from_rewards, judge, prompt_text, zermelo
@@ -90,12 +91,15 @@ def llm_blender(model, counts, **_):
 
 def load_reward_model(model, device):
     """A model with one label and trained weights for it, in bfloat16 on a GPU."""
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         network, loading = AutoModelForSequenceClassification.from_pretrained(
-            model, dtype=dtype, output_loading_info=True
+            model,
+            dtype=dtype,
+            attn_implementation=exact_attention(AutoConfig.from_pretrained(model)),
+            output_loading_info=True,
         )
     except (OSError, ValueError) as e:
         raise InputError(

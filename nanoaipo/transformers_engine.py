@@ -7,6 +7,7 @@ stops, the rows that have ended leave the batch, and the others go on with their
 import torch
 from tqdm import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -14,6 +15,7 @@ from transformers import (
     StoppingCriteria,
 )
 
+from nanoaipo.engines import exact_attention
 from nanoaipo.processes import pick_device
 from nanoaipo.seeds import derive_seed
 
@@ -84,7 +86,11 @@ class TransformersEngine:
     def __init__(self, model, eos_ids, *, dtype, generate_rows):
         self.device = pick_device()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        policy = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+        policy = AutoModelForCausalLM.from_pretrained(
+            model,
+            dtype=getattr(torch, dtype),
+            attn_implementation=exact_attention(AutoConfig.from_pretrained(model)),
+        )
         self.policy = policy.to(self.device).eval()
         # the model's own would fill in what ours leaves unset, such as a repetition penalty
         self.policy.generation_config = GenerationConfig()
@@ -171,8 +177,10 @@ class TransformersEngine:
             ids = ids[keep]
             new_mask = mask.new_ones(len(keep), ids.shape[1] - mask.shape[1])
             mask = torch.cat([mask[keep], new_mask], 1)  # (B, L)
-            if len(keep):
-                cache.batch_select_indices(keep)
+            # reorder_cache, because batch_select_indices leaves out the states of linear attention;
+            # a cache that generate keeps to itself (Mamba) is computed anew
+            if len(keep) and cache is not None:
+                cache.reorder_cache(keep)
         return responses
 
     def pad_left(self, prompts):
