@@ -102,7 +102,11 @@ class TransformersEngine:
     def sample(self, requests, *, n_responses, **sampling):
         """Lists of n_responses tuples (ids, finished, log-prob), one list for each request."""
         by_length = sorted(range(len(requests)), key=lambda r: len(requests[r][0]))
-        size = max(1, self.generate_rows // n_responses)
+        n_rows = self.generate_rows
+        if self.device.type == "cuda" and requests:
+            longest = len(requests[by_length[-1]][0]) + sampling["max_new_tokens"]
+            n_rows = rows_that_fit(n_rows, longest, bytes_per_token(self.policy), self.memory())
+        size = max(1, n_rows // n_responses)
         results = [None] * len(requests)
         with tqdm(total=len(requests) * n_responses, desc="generate", unit="resp") as bar:
             for start in range(0, len(by_length), size):
@@ -120,6 +124,13 @@ class TransformersEngine:
                     results[r] = responses[k * n_responses : (k + 1) * n_responses]
                 bar.update(len(rows))
         return results
+
+    def memory(self):
+        """Bytes of the GPU that keys and values may take: half of what the weights leave."""
+        # not of what is free now, or a run that goes on would make other batches
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        weights = sum(p.nbytes for p in self.policy.parameters())
+        return (total - weights) // 2
 
     def sample_rows(self, prompts, *, temperature, top_k, top_p, max_new_tokens, stop=()):
         """One response (ids, finished, log-prob) to each of these lists of prompt ids."""
@@ -196,6 +207,25 @@ class TransformersEngine:
             if token in self.eos_ids:
                 return response[: k + 1], True
         return response, False
+
+
+def bytes_per_token(policy):
+    """Bytes of keys and values that the cache holds for one token of one row."""
+    one_token = torch.zeros(1, 1, dtype=torch.long, device=policy.device)
+    cache = getattr(policy(one_token, use_cache=True), "past_key_values", None)
+    n_bytes = 0
+    for layer in getattr(cache, "layers", []):
+        if getattr(layer, "keys", None) is not None:  # linear attention has states instead
+            n_bytes += layer.keys.nbytes + layer.values.nbytes
+    return n_bytes
+
+
+def rows_that_fit(n_rows, n_tokens, token_bytes, memory):
+    """n_rows, or as many rows of n_tokens as fit into this many bytes, but one at least."""
+    row_bytes = n_tokens * token_bytes
+    if n_rows * row_bytes <= memory:
+        return n_rows
+    return max(1, memory // row_bytes)
 
 
 def sum_logps(steps, is_eos, start, stop_lengths):

@@ -7,7 +7,7 @@ import torch
 from conftest import build_model
 
 from nanoaipo.engines import exact_attention
-from nanoaipo.transformers_engine import TransformersEngine
+from nanoaipo.transformers_engine import TransformersEngine, bytes_per_token, rows_that_fit
 
 LINEAR = {
     "linear_num_key_heads": 2,
@@ -83,3 +83,21 @@ def test_a_soft_cap_is_seen_in_the_text_part_of_a_config():
     assert exact_attention(transformers.Gemma3Config(text_config=text)) == "eager"
     assert exact_attention(transformers.Gemma3Config()) is None
     assert exact_attention(transformers.LlamaConfig()) is None
+
+
+def test_rows_are_bounded_by_the_bytes_of_their_keys_and_values(tmp_path):
+    import transformers
+
+    # 8B: 2 x 32 layers x 8 heads x 128 numbers x 2 bytes; 512 rows of 1,000 tokens are 67 GB
+    token_bytes = 2 * 32 * 8 * 128 * 2
+    assert rows_that_fit(512, 1000, token_bytes, 32 * 10**9) == 244
+    assert rows_that_fit(512, 1000, token_bytes, 68 * 10**9) == 512
+    assert rows_that_fit(512, 10**7, token_bytes, 10**9) == 1
+    assert rows_that_fit(512, 1000, 0, 10**9) == 512  # Mamba: nothing grows
+
+    model = build_model(tmp_path / "llama")
+    policy = transformers.AutoModelForCausalLM.from_pretrained(model)
+    assert bytes_per_token(policy) == 2 * 2 * 2 * 8 * 4
+    model = build_model(tmp_path / "qwen", "Qwen3_5Text", **LINEAR)
+    policy = transformers.AutoModelForCausalLM.from_pretrained(model)
+    assert bytes_per_token(policy) == 2 * 1 * 2 * 8 * 4
