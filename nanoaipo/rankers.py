@@ -18,7 +18,7 @@ import re
 import torch
 from tqdm import tqdm
 
-from nanoaipo.chat import control_pattern, load_tokenizer, render
+from nanoaipo.chat import control_pattern, render, template_arguments
 from nanoaipo.engines import exact_attention
 from nanoaipo.errors import InputError, reason_of
 from nanoaipo.grading import is_right
@@ -120,6 +120,37 @@ def load_reward_model(model, device):
     return network.to(device).eval()
 
 
+def load_reward_tokenizer(model):
+    """A tokenizer with a chat template, or one that writes two texts as a pair (DeBERTa)."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, mistral_format=False)
+    except (OSError, ValueError) as e:
+        raise InputError(
+            f"--ranker_model={model}: no model folder and no hub model that can be loaded "
+            f"({reason_of(e)})"
+        ) from e
+    if not tokenizer.chat_template and tokenizer.sep_token_id not in tokenizer("a", "b").input_ids:
+        raise InputError(
+            f"--ranker_model={model}: its tokenizer has no chat template, "
+            "and no separator that would make a pair of prompt and response"
+        )
+    return tokenizer
+
+
+def pair_inputs(tokenizer, control, prompt, text):
+    """Inputs of the model for a prompt and a response, as the tokenizer writes a pair of texts.
+
+    A text that spells a control token gets a space behind that token's first character.
+    """
+
+    def with_space(match):
+        return match[0][0] + " " + match[0][1:]
+
+    return dict(tokenizer(control.sub(with_space, prompt), control.sub(with_space, text)))
+
+
 def unused_id(sequences):
     """The smallest token id in none of the sequences."""
     used = set(itertools.chain.from_iterable(sequences))
@@ -127,40 +158,59 @@ def unused_id(sequences):
 
 
 @torch.no_grad()
-def rewards_of(network, sequences, pad_id):
-    """Rewards (B,) of B conversations as ids; pad_id: the model's own, or None."""
-    if pad_id is None:
-        # the model reads the last token that is not padding: take an id that no sequence has
-        pad_id = unused_id(sequences)
-        network.config.pad_token_id = pad_id
-    rows = [torch.tensor(ids) for ids in sequences]
-    x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)  # (B, L)
-    lengths = torch.tensor([len(ids) for ids in sequences])
-    mask = torch.arange(x.shape[1]) < lengths[:, None]  # (B, L)
-    output = network(x.to(network.device), attention_mask=mask.long().to(network.device))
-    return output.logits[:, 0].float().tolist()
+def rewards_of(network, sequences):
+    """Rewards (B,) of B sequences, each {"input_ids": [...], "attention_mask": [...], ...}."""
+    # The model reads the last token that is not padding. If its config names none, take an id that
+    # no sequence has, in the part of the config where the model looks it up.
+    text_config = network.config.get_text_config()
+    pad_id = getattr(text_config, "pad_token_id", None)
+    names_none = pad_id is None or pad_id < 0  # the first LLaMA says -1
+    if names_none:
+        pad_id = unused_id(sequence["input_ids"] for sequence in sequences)
+        text_config.pad_token_id = pad_id
+
+    inputs = {}
+    for name in sequences[0]:
+        rows = [torch.tensor(sequence[name]) for sequence in sequences]
+        padding = pad_id if name == "input_ids" else 0
+        x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)  # (B, L)
+        inputs[name] = x.to(network.device)
+    logits = network(inputs.pop("input_ids"), **inputs).logits  # (B, 1)
+
+    if names_none:
+        text_config.pad_token_id = None  # the next batch may hold this id
+    return logits[:, 0].float().tolist()
 
 
-def reward(model, counts, *, rank_batch_tokens, reward_temperature=1.0, **_):
-    """A scalar reward model: one label for the whole conversation, in the model's own template."""
-    tokenizer, _ = load_tokenizer(model, "ranker_model")
+def reward(
+    model, counts, *, rank_batch_tokens, reward_temperature=1.0, template_kwargs="", date="", **_
+):
+    """A scalar reward model: one label for the whole conversation, in the model's own template.
+
+    Without a template prompt and response are the tokenizer's pair of texts.
+    """
+    tokenizer = load_reward_tokenizer(model)
     control = control_pattern(tokenizer)
     network = load_reward_model(model, pick_device())
-    pad_id = network.config.pad_token_id
+    arguments = template_arguments(template_kwargs, date)
 
-    def conversation_ids(row, text):
+    def inputs_of(row, text):
+        if not tokenizer.chat_template:
+            return pair_inputs(tokenizer, control, prompt_text(row["prompt"]), text)
         messages = row["prompt"] + [{"role": "assistant", "content": text}]
-        return render(tokenizer, messages, f"prompt '{row['id']}'", control, opens=False)
+        where = f"prompt '{row['id']}'"
+        ids = render(tokenizer, messages, where, control, opens=False, arguments=arguments)
+        return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
     def rank(rows):
-        sequences = [conversation_ids(row, text) for row in rows for text in row["texts"]]
-        lengths = [len(ids) for ids in sequences]
+        sequences = [inputs_of(row, text) for row in rows for text in row["texts"]]
+        lengths = [len(sequence["input_ids"]) for sequence in sequences]
 
         # computed longest first, stored in the order of the texts
         rewards = [0.0] * len(sequences)
         with tqdm(total=len(sequences), desc="rank", unit="resp") as bar:
             for batch in batches_by_length(lengths, rank_batch_tokens):
-                batch_rewards = rewards_of(network, [sequences[k] for k in batch], pad_id)
+                batch_rewards = rewards_of(network, [sequences[k] for k in batch])
                 for k, value in zip(batch, batch_rewards):
                     rewards[k] = value
                 bar.update(len(batch))

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from conftest import PLAIN, build_model
+from conftest import PLAIN, build_model, build_tokenizer
 from test_rank import build_judge
 
 import rank
@@ -404,17 +404,19 @@ def build_reward(folder, pad="<|pad|>", labels=1, head=True, template=PLAIN):
     return str(folder)
 
 
-def load_reward(folder, batch_tokens=200, temperature=1.0):
-    settings = {"rank_batch_tokens": batch_tokens, "reward_temperature": temperature}
+def load_reward(folder, batch_tokens=200, temperature=1.0, **settings):
+    settings |= {"rank_batch_tokens": batch_tokens, "reward_temperature": temperature}
     return rankers.load_ranker("reward", folder, settings, collections.Counter())
 
 
 def rewards_alone(folder, row):
-    """The plain model's reward of each conversation (N,), one at a time."""
+    """The plain eager model's reward of each conversation (N,), one at a time."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    network = transformers.LlamaForSequenceClassification.from_pretrained(folder).eval()
+    network = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, attn_implementation="eager"
+    ).eval()
     rewards = []
     for text in row["texts"]:
         messages = row["prompt"] + [{"role": "assistant", "content": text}]
@@ -460,6 +462,171 @@ def test_rewards_are_those_of_each_conversation_alone(tmp_path, pad, after):
     assert torch.equal(odds, -odds.T)
 
 
+SMALL = {
+    "vocab_size": 262,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+
+
+def config_of(family, pad_id):
+    """The config of a small reward model of this family; Gemma 3 and Qwen3.5 also see images."""
+    import transformers
+
+    small = SMALL | {"pad_token_id": pad_id}
+    if family == "Gemma2":
+        return transformers.Gemma2Config(
+            **small, num_labels=1, attn_logit_softcapping=0.3, query_pre_attn_scalar=8
+        )
+    if family == "Gemma3":
+        vision = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 8,
+            "patch_size": 4,
+        }
+        return transformers.Gemma3Config(
+            text_config=small, vision_config=vision, mm_tokens_per_image=4, num_labels=1
+        )
+    vision = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": 4,
+    }
+    return transformers.Qwen3_5Config(
+        text_config=small | LINEAR, vision_config=vision, num_labels=1
+    )
+
+
+def save_classifier(folder, config):
+    """Save a random sequence classifier of this config beside its tokenizer."""
+    import transformers
+
+    torch.manual_seed(1)
+    network = transformers.AutoModelForSequenceClassification.from_config(config)
+    network.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("pad_id", [2, None])
+@pytest.mark.parametrize("family", ["Gemma2", "Gemma3", "Qwen3_5"])
+def test_rewards_of_soft_caps_and_of_wrapper_configs_are_those_of_each_alone(
+    family, pad_id, tmp_path
+):
+    build_tokenizer(PLAIN, "<|pad|>").save_pretrained(tmp_path)
+    folder = save_classifier(tmp_path, config_of(family, pad_id))
+    texts = ("cold", "it is hot " * 9, "the blue sky", "a")
+    rows = rows_of(("sky", 4), ("what is hot? " * 5, 3), texts=texts)
+    expected = [rewards_alone(folder, row) for row in rows]
+    assert expected[0].std() > 0.01
+
+    labels = load_reward(folder, 100_000)(rows)
+
+    for (rewards, _), alone in zip(labels, expected):
+        assert (rewards - alone).abs().max() < 1e-5
+
+
+def build_pair_reward(folder):
+    """A random DeBERTa as OpenAssistant's reward model: no template, a pair of texts."""
+    import transformers
+
+    letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz[]SEP?!"]
+    pieces = [("[PAD]", 0.0), ("[CLS]", 0.0), ("[SEP]", 0.0), ("[UNK]", 0.0), ("▁", -1.0)]
+    tokenizer = transformers.DebertaV2Tokenizer(
+        vocab=[*pieces, *letters, ("[MASK]", 0.0)], unk_id=3
+    )
+    tokenizer.save_pretrained(folder)
+    config = transformers.DebertaV2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        initializer_range=0.2,
+        num_labels=1,
+        pad_token_id=0,
+        relative_attention=True,
+        position_buckets=8,
+        max_position_embeddings=16,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_biased_input=False,
+        type_vocab_size=2,  # so that which text a token is of counts
+    )
+    return save_classifier(folder, config)
+
+
+def test_a_reward_model_without_a_template_reads_prompt_and_response_as_a_pair(tmp_path):
+    import transformers
+
+    folder = build_pair_reward(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    network = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+
+    def reward_of(prompt, text):
+        with torch.no_grad():
+            return network(**tokenizer(prompt, text, return_tensors="pt")).logits[0, 0].item()
+
+    # far more than its 16 positions, which are relative: nothing is cut
+    texts = ("cold", "it is hot " * 30, "the blue sky", "a [SEP] b")
+    rows = rows_of(("why?", 4), ("sky", 2), texts=texts)
+    (first, _), (second, _) = load_reward(folder, 100_000)(rows)
+
+    # what spells a control token stays text
+    as_read = [*texts[:3], "a [ SEP] b"]
+    expected = [reward_of("why?", text) for text in as_read]
+    assert first.tolist() == pytest.approx(expected, abs=1e-5)
+    assert first.std() > 0.01
+    assert second.tolist() == pytest.approx(
+        [reward_of("sky", text) for text in texts[:2]], abs=1e-5
+    )
+    assert tokenizer.sep_token_id not in tokenizer("[ SEP]", add_special_tokens=False).input_ids
+
+    # several messages are one text, with their roles
+    rows[1]["prompt"] += [{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    _, (talk, _) = load_reward(folder)(rows)
+    prompt = "USER: sky\nASSISTANT: b\nUSER: c"
+    assert talk.tolist() == pytest.approx([reward_of(prompt, text) for text in texts[:2]], abs=1e-5)
+
+
+def test_template_arguments_reach_a_reward_models_template(tmp_path):
+    dated = "{{ strftime_now('%d %B %Y') }}{% if thinking %}on{% endif %}" + PLAIN
+    folder = build_reward(tmp_path, template=dated)
+    rows = rows_of(("sky", 2))
+
+    def rewards(**settings):
+        ((scores, _),) = load_reward(folder, **settings)(rows)
+        return scores.tolist()
+
+    first = rewards(date="2026-11-27")
+    assert first == rewards(date="2026-11-27", template_kwargs='{"thinking": false}')
+    assert first != rewards(date="2025-01-31")
+    assert first != rewards(date="2026-11-27", template_kwargs='{"thinking": true}')
+    with pytest.raises(InputError, match="--date=today: has to be a day"):
+        rewards(date="today")
+
+
 def test_what_is_no_reward_model_is_refused(tmp_path):
     cases = [
         ("two", {"labels": 2}, "a reward model has one label, this one has 2"),
@@ -470,6 +637,12 @@ def test_what_is_no_reward_model_is_refused(tmp_path):
         folder = build_reward(tmp_path / name, **kind)
         with pytest.raises(InputError, match=message):
             load_reward(folder)
+
+    # a decoder's tokenizer without a template would run prompt and response together
+    folder = build_reward(tmp_path / "bare", template=None)
+    with pytest.raises(InputError, match="no chat template, and no separator") as error:
+        load_reward(folder)
+    assert "\n" not in str(error.value)
 
     message = "--ranker_model=.*nowhere: no model folder"
     with pytest.raises(InputError, match=message):
