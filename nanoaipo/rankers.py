@@ -151,6 +151,12 @@ def pair_inputs(tokenizer, control, prompt, text):
     return dict(tokenizer(control.sub(with_space, prompt), control.sub(with_space, text)))
 
 
+def rope_depends_on_batch(config):
+    """Whether the longest row of a batch decides its rotary tables (LongRoPE, dynamic NTK)."""
+    rope = str(getattr(config.get_text_config(), "rope_parameters", None))  # or one by layer type
+    return "'longrope'" in rope or "'dynamic'" in rope
+
+
 def unused_id(sequences):
     """The smallest token id in none of the sequences."""
     used = set(itertools.chain.from_iterable(sequences))
@@ -193,6 +199,8 @@ def reward(
     control = control_pattern(tokenizer)
     network = load_reward_model(model, pick_device())
     arguments = template_arguments(template_kwargs, date)
+    if rope_depends_on_batch(network.config):
+        rank_batch_tokens = 1  # a reward is the conversation's own: each is a batch
 
     def inputs_of(row, text):
         if not tokenizer.chat_template:

@@ -505,6 +505,17 @@ def config_of(family, pad_id):
         return transformers.Gemma3Config(
             text_config=small, vision_config=vision, mm_tokens_per_image=4, num_labels=1
         )
+    if family == "Phi3":
+        rope = {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "original_max_position_embeddings": 64,
+            "short_factor": [1.0] * 4,
+            "long_factor": [8.0] * 4,
+        }
+        return transformers.Phi3Config(
+            **small, num_labels=1, original_max_position_embeddings=64, rope_parameters=rope
+        )
     vision = {
         "depth": 1,
         "hidden_size": 16,
@@ -529,8 +540,8 @@ def save_classifier(folder, config):
 
 
 @pytest.mark.parametrize("pad_id", [2, None])
-@pytest.mark.parametrize("family", ["Gemma2", "Gemma3", "Qwen3_5"])
-def test_rewards_of_soft_caps_and_of_wrapper_configs_are_those_of_each_alone(
+@pytest.mark.parametrize("family", ["Gemma2", "Gemma3", "Qwen3_5", "Phi3"])
+def test_rewards_of_soft_caps_wrapper_configs_and_longrope_are_those_of_each_alone(
     family, pad_id, tmp_path
 ):
     build_tokenizer(PLAIN, "<|pad|>").save_pretrained(tmp_path)
