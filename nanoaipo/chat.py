@@ -8,18 +8,28 @@ import contextlib
 import datetime
 import hashlib
 import json
+import os
 import re
 
 from nanoaipo.errors import InputError, reason_of
+from nanoaipo.thoughts import closes_thought, marks_of, opens_thought, split_thought
+
+JSON_NAMES = {dict: "object", list: "array"}
 
 
 def load_tokenizer(model, setting="model"):
     """(tokenizer, ids that end a turn) of a chat model.
 
-    Raises InputError, which names the setting, if it cannot be loaded or has no chat template.
+    Raises InputError, which names the setting, if it cannot be loaded, has no chat template or no
+    end token.
     """
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer
 
+    if is_adapter(model):
+        raise InputError(
+            f"--{setting}={model}: an adapter without its model; merge them first "
+            "(peft: merge_and_unload, then save_pretrained)"
+        )
     try:
         # not mistral_common's, which comes with vllm and has no template
         tokenizer = AutoTokenizer.from_pretrained(model, mistral_format=False)
@@ -34,15 +44,59 @@ def load_tokenizer(model, setting="model"):
             "take the instruction-tuned model"
         )
 
-    # Gemma and Llama 3 end turns with a token of their own, which their generation config names
-    eos_ids = {tokenizer.eos_token_id}
+    eos_ids = configured_eos_ids(model)
+    if tokenizer.eos_token_id is not None:
+        eos_ids.add(tokenizer.eos_token_id)
+    if not eos_ids:
+        raise InputError(
+            f"--{setting}={model}: no end token: its tokenizer, generation_config.json and "
+            "config.json name none; set eos_token in tokenizer_config.json"
+        )
+    return tokenizer, eos_ids
+
+
+def is_adapter(folder):
+    """Whether a folder holds a LoRA or other adapter, and not the model that it changes."""
+    has_adapter = os.path.exists(os.path.join(folder, "adapter_config.json"))
+    return has_adapter and not os.path.exists(os.path.join(folder, "config.json"))
+
+
+def configured_eos_ids(model):
+    """The end tokens that a model's generation config names, else its config, as a set.
+
+    Gemma and Llama 3 end turns with a token of their own, which is not the tokenizer's.
+    """
+    from transformers import GenerationConfig
+
+    named = None
     with contextlib.suppress(OSError):  # a model may have no such config
-        configured = GenerationConfig.from_pretrained(model).eos_token_id
-        if isinstance(configured, list):
-            eos_ids.update(configured)
-        else:
-            eos_ids.add(configured)
-    return tokenizer, eos_ids - {None}
+        named = GenerationConfig.from_pretrained(model).eos_token_id
+    if named is None:
+        named = config_value(model, "eos_token_id")
+    if named is None:
+        return set()
+    if isinstance(named, list):
+        return set(named)
+    return {named}
+
+
+def config_value(model, key):
+    """A value of a model's config.json or, where that wraps several models, of its text config."""
+    from transformers import PreTrainedConfig
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(model)
+    except (OSError, ValueError):  # who loads the model will tell
+        return None
+    if config.get(key) is None:
+        config = config.get("text_config") or {}
+    return config.get(key)
+
+
+def vocabulary_size(model, tokenizer):
+    """Ids from 0 up to this are the model's: its tokenizer may have gaps, or be the smaller one."""
+    highest = max(tokenizer.added_tokens_decoder, default=-1)
+    return max(len(tokenizer), highest + 1, config_value(model, "vocab_size") or 0)
 
 
 # ------------------------------------------------------------------------- text of control tokens
@@ -102,6 +156,48 @@ def template_arguments(template_kwargs, date):
     return arguments
 
 
+def row_arguments(row, arguments, where="a row"):
+    """The template's arguments for one row: the run's, and the row's own over them.
+
+    These are TRL's columns `chat_template_kwargs` and `tools`, objects or their JSON text. Raises
+    InputError, which names `where`, for other values.
+    """
+    own = {}
+    for column, kind in (("chat_template_kwargs", dict), ("tools", list)):
+        value = row.get(column)
+        if isinstance(value, str) and value:
+            try:
+                value = json.loads(value)
+            except ValueError as e:
+                raise InputError(f"{where}: '{column}' is not JSON: {e}") from e
+        if value and not isinstance(value, kind):
+            raise InputError(f"{where}: '{column}' has to be a JSON {JSON_NAMES[kind]}")
+        own[column] = value
+
+    # data sets fill keys that a row does not have with nulls
+    merged = dict(arguments or {})
+    for key, value in (own["chat_template_kwargs"] or {}).items():
+        if value is not None:
+            merged[key] = value
+    if own["tools"]:
+        merged["tools"] = own["tools"]
+    return merged
+
+
+def written_by_template(tokenizer, messages, where, arguments, opens=False):
+    """The text of a conversation; raises InputError, which names `where`, if it is refused."""
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=opens, tokenize=False, **(arguments or {})
+        )
+    except (TemplateError, TypeError, ValueError) as e:  # the latter two: of odd arguments
+        raise InputError(
+            f"{where}: this model's chat template refuses the prompt: {reason_of(e)}"
+        ) from e
+
+
 def render(tokenizer, messages, where, control=None, opens=True, arguments=None):
     """Ids of a conversation, with the assistant's turn opened at its end if `opens`.
 
@@ -109,55 +205,144 @@ def render(tokenizer, messages, where, control=None, opens=True, arguments=None)
 
     The template writes the BOS, and none is added. Text of a message that spells a control token
     becomes that token, so callers drop such prompts, or pass the pattern `control`: then it stays
-    text, because a stand-in goes through the template and the message's ids take its place. Raises
-    InputError, which names `where`, if the template refuses the messages (Gemma-2: a system one).
+    text. Raises InputError, which names `where`, if the template refuses the messages (Gemma-2: a
+    system one).
     """
-    from jinja2 import TemplateError
+    name = unused_name(messages)
+    if control:
+        messages = [shield(message, control, name) for message in messages]
+    text = written_by_template(tokenizer, messages, where, arguments, opens)
+    return shielded_ids(tokenizer, text, name)
 
-    # the stand-in of message k is NAME, k and a full stop; NAME is a text that no message holds
-    name = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
-    shielded = []
-    for k, message in enumerate(messages):
-        if control and control.search(message["content"]):
-            message = message | {"content": f"{name}{k}."}
-        shielded.append(message)
 
-    try:
-        text = tokenizer.apply_chat_template(
-            shielded, add_generation_prompt=opens, tokenize=False, **(arguments or {})
-        )
-    except TemplateError as e:
-        raise InputError(f"{where}: this model's chat template refuses the prompt: {e}") from e
+# Text that spells a control token goes through the template as a stand-in: a name that no message
+# holds, the text in hex, and a full stop.
 
-    # the template's own text is read with its control tokens, the messages' without any
+
+def unused_name(messages):
+    """A text that none of the messages holds."""
+    return hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
+
+
+def shield(message, control, name, marks=()):
+    """A message with stand-ins for what spells a control token, `marks` of a thought aside."""
+
+    def stand_in(match):
+        if any(match[0] in mark for mark in marks):
+            return match[0]
+        return f"{name}{match[0].encode().hex()}."
+
+    return message | {"content": control.sub(stand_in, message["content"])}
+
+
+def shielded_ids(tokenizer, text, name):
+    """Ids of what the template wrote, where stand-ins are plain text again."""
+
+    # cut behind the first character, so that no piece holds the whole text of a control token
+    def spell(match):
+        spelled = bytes.fromhex(match[1]).decode()
+        return spelled[0] + name + spelled[1:]
+
     ids = []
-    pieces = re.split(rf"{name}(\d+)\.", text)  # template, number, template, number, ..., template
-    for n, piece in enumerate(pieces):
-        if n % 2 == 0:
-            ids += token_ids(tokenizer, piece)
-        else:
-            ids += encode(tokenizer, messages[int(piece)]["content"], control)
+    for piece in re.sub(rf"{name}([0-9a-f]+)\.", spell, text).split(name):
+        ids += token_ids(tokenizer, piece)
     return ids
 
 
-def render_response(tokenizer, eos_ids, control, prompt, prompt_ids, response, arguments=None):
-    """Ids of a response that came as text, with one end of turn.
+# ----------------------------------------------------------------------- responses given as text
 
-    They are what this model's template writes after the prompt, unless it rewrites earlier turns
-    or the response spells a control token: then those of the plain text.
+
+def render_response(
+    tokenizer,
+    eos_ids,
+    control,
+    prompt,
+    prompt_ids,
+    response,
+    arguments=None,
+    where="a response given as text",
+):
+    """Ids of a response that came as text: what the template writes behind the prompt.
+
+    It ends as the template ends a turn; an end token is added only where the template has none.
+    Returns None where this model's template would not write the response so: it rewrites the
+    answer, it opens a thought and the response has none, it closes one and the response thinks
+    again, or the response is a thought that does not end. Raises InputError, which names `where`,
+    if the template refuses the conversation.
     """
-    # what the template adds behind the prompt: some write more than text and end token
-    content = response[0]["content"]
-    ids = None
-    if not control.search(content):
-        text = tokenizer.apply_chat_template(prompt + response, tokenize=False, **(arguments or {}))
-        conversation = token_ids(tokenizer, text)
-        if conversation[: len(prompt_ids)] == prompt_ids:
-            ids = conversation[len(prompt_ids) :]
-    # elsewhere the text itself
-    if ids is None:
-        ids = encode(tokenizer, content, control)
+    name = unused_name(prompt + response)
+    marks = marks_of(response[0]["content"]) or ()
+    prompt = [shield(message, control, name) for message in prompt]
+    reply = shield(response[0], control, name, marks)
+    before = written_by_template(tokenizer, prompt, where, arguments, opens=True)
+    if marks and closes_thought(before):
+        return None
 
-    if not eos_ids & set(ids):
-        ids = ids + [tokenizer.eos_token_id]
+    # a template that drops thoughts, or rewrites earlier turns, still shows how it frames a turn
+    text = written_by_template(tokenizer, [*prompt, reply], where, arguments)
+    _, answer = split_thought(reply["content"])
+    if answer.strip() not in text:
+        return None
+    opened = opens_thought(before)
+    written = text.removeprefix(before)
+    if not text.startswith(before) or not holds(written, reply, opened):
+        written = framed(tokenizer, prompt, reply, name, where, arguments)
+    if written is None or not holds(written, reply, opened):
+        return None
+
+    # read behind the prompt, unless that changes the prompt's own tokens
+    ids = shielded_ids(tokenizer, before + written, name)
+    if ids[: len(prompt_ids)] == prompt_ids:
+        ids = ids[len(prompt_ids) :]
+    else:
+        ids = shielded_ids(tokenizer, written, name)
+
+    ends_turn = re.search(rf"(?:{control.pattern})\s*$", written)
+    if not ends_turn and not eos_ids & set(ids):
+        ids = ids + [end_token(tokenizer, eos_ids)]
     return ids
+
+
+def holds(written, reply, opened):
+    """Whether what stands behind a prompt is a reply's thought, if it has one, and its answer.
+
+    opened: whether the prompt ends inside a thought.
+    """
+    thought, answer = split_thought(reply["content"])
+    written_thought, written_answer = split_thought(written, opened)
+    same_thought = (written_thought or "") == (thought or "")  # an empty one is none
+    return same_thought and answer.strip() in written_answer
+
+
+def framed(tokenizer, prompt, reply, name, where, arguments):
+    """A reply in what the template writes before and behind any, or None where it cannot tell."""
+    # stand-ins show where the last message and the reply end up
+    last = prompt[-1] | {"content": prompt[-1]["content"] + name + "p"}
+    any_reply = reply | {"content": name + "r"}
+    conversation = [*prompt[:-1], last]
+    opened = written_by_template(tokenizer, conversation, where, arguments, opens=True)
+    text = written_by_template(tokenizer, [*conversation, any_reply], where, arguments)
+    _, _, opening = opened.rpartition(name + "p")
+    _, _, turn = text.rpartition(name + "p")
+    head, is_there, ending = turn.partition(name + "r")
+    if not is_there:
+        return None
+
+    # what the generation prompt has written already is not written again
+    if head.startswith(opening):
+        return head.removeprefix(opening) + reply["content"] + ending
+    if not opening.startswith(head) or not opens_thought(opening):
+        return None
+    content = reply["content"]
+    mark = opening.removeprefix(head)  # such as <think> and a line break
+    if content.lstrip().startswith(mark.strip()):
+        content = content.lstrip().removeprefix(mark.strip())
+        content = content.removeprefix(mark[len(mark.rstrip()) :])
+    return content + ending
+
+
+def end_token(tokenizer, eos_ids):
+    """The id of the end token: the tokenizer's, or the first that the model's configs name."""
+    if tokenizer.eos_token_id is not None:
+        return tokenizer.eos_token_id
+    return min(eos_ids)

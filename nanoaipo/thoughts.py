@@ -1,18 +1,94 @@
-"""What a model thinks before it answers, told apart from the answer."""
+"""What a model thinks before it answers, told apart from the answer.
 
-THOUGHT_BEGINS = "<think>"
-THOUGHT_ENDS = "</think>"
+A response is a thought between two marks and then the answer, or the answer alone. Marks may be
+plain text, added tokens or special tokens; what they look like depends on who made the model.
+"""
+
+import bisect
+import re
+
+# (mark that begins the thought, mark behind which the answer stands)
+MARKS = (
+    ("<think>", "</think>"),  # DeepSeek-R1, Qwen3, SmolLM3, OLMo-3, GLM-4.5, Nemotron, ...
+    ("[THINK]", "[/THINK]"),  # Magistral
+    ("<|channel|>", "<|channel|>final<|message|>"),  # gpt-oss: analysis and commentary, then final
+    ("<|channel>thought", "<channel|>"),  # Gemma 4
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
+    ("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
+    ("<seed:think>", "</seed:think>"),  # Seed-OSS
+    ("<thought>", "</thought>"),  # EXAONE Deep
+)
+# what gpt-oss writes around the messages of a thought
+HEADERS = re.compile(r"<\|channel\|>[^<]*<\|message\|>|<\|end\|>|<\|start\|>assistant")
 
 
-def split_thought(text):
+def marks_of(text):
+    """The marks of the thought that a response begins with, or None.
+
+    A response that has only the second mark began inside its thought, which the template had
+    opened. A mark that stands further behind is part of the answer.
+    """
+    for marks in MARKS:
+        if text.lstrip().startswith(marks):
+            return marks
+    for marks in MARKS:
+        begins, ends = marks
+        before, found, _ = text.partition(ends)
+        if found and begins not in before:
+            return marks
+    return None
+
+
+def split_thought(text, opened=False):
     """(Thought, answer) of a response; the thought is None where there is none.
 
-    A thought that does not end leaves an empty answer. A response may begin inside its thought,
-    which the template has opened.
+    opened: whether the prompt ends inside a thought. A thought that does not end leaves an empty
+    answer.
     """
-    thought, mark, answer = text.partition(THOUGHT_ENDS)
-    begins = thought.lstrip().startswith(THOUGHT_BEGINS)
-    if not mark and not begins:
+    marks = marks_of(text)
+    if marks is None:
+        if opened:
+            return text.strip(), ""
         return None, text
-    thought = thought.replace(THOUGHT_BEGINS, "", 1)
+    begins, ends = marks
+    thought, _, answer = text.partition(ends)
+    if begins == "<|channel|>":
+        thought = HEADERS.sub("", thought)
+    else:
+        thought = thought.replace(begins, "", 1)
     return thought.strip(), answer.lstrip()
+
+
+def opens_thought(text):
+    """Whether a rendered prompt ends inside a thought: the template has written its first mark."""
+    return text.rstrip().endswith(tuple(begins for begins, _ in MARKS))
+
+
+def closes_thought(text):
+    """Whether a rendered prompt ends behind a thought: the model is not to think."""
+    return text.rstrip().endswith(tuple(ends for _, ends in MARKS))
+
+
+def split_thought_ids(tokenizer, prompt_ids, ids):
+    """(Thought, answer, tokens of the thought, whether it has ended) of a sampled response.
+
+    The texts have no special tokens in them. Without a thought: (None, text, 0, True).
+    """
+    # special tokens are decoded too, since the marks may be among them
+    opened = opens_thought(tokenizer.decode(prompt_ids[-16:]))  # no mark has more tokens
+    marked = tokenizer.decode(ids)
+    thought, _ = split_thought(marked, opened)
+    if thought is None:
+        return None, tokenizer.decode(ids, skip_special_tokens=True), 0, True
+    marks = marks_of(marked)
+    if marks is None or marks[1] not in marked:
+        return thought, "", len(ids), False
+
+    # the fewest tokens that hold the whole thought; the last may hold a part of the answer too
+    def holds_thought(n):
+        return marks[1] in tokenizer.decode(ids[:n])
+
+    n = bisect.bisect_left(range(len(ids)), True, key=holds_thought)
+    _, _, rest = tokenizer.decode(ids[:n]).partition(marks[1])
+    answer = rest + tokenizer.decode(ids[n:], skip_special_tokens=True)
+    return thought, answer.lstrip(), n, True

@@ -1,9 +1,15 @@
 """Messages to token ids. What training makes of them: test_train.py."""
 
+import json
+
 import pytest
+from conftest import CHATML, PLAIN, build_model, build_tokenizer
+from templates import OLMO3_THINK, QWEN3, R1_DISTILL, SMOLLM3
 
 from nanoaipo import chat
 from nanoaipo.errors import InputError
+
+QUESTION = [{"role": "user", "content": "is it?"}]
 
 
 def test_text_that_spells_a_control_token_stays_text(tiny_model):
@@ -49,3 +55,219 @@ def test_a_conversation_with_control_text_is_rendered_around_it(tiny_model):
 def test_a_model_that_is_not_there_is_named_with_its_setting(tmp_path):
     with pytest.raises(InputError, match="--judge=.*none: no model folder and no hub model"):
         chat.load_tokenizer(str(tmp_path / "none"), "judge")
+
+
+# ------------------------------------------------------------------------- responses given as text
+
+THOUGHT = "<think>\nso\n</think>\n\nyes"
+NO_THINKING = {"enable_thinking": False}
+
+
+def written(template, content, arguments=None, eos_ids=None, prompt=QUESTION):
+    """(Text of the prompt, text of the response) as they are trained; None: it is left out."""
+    tokenizer = build_tokenizer(template, "<|pad|>")
+    control = chat.control_pattern(tokenizer)
+    prompt_ids = chat.render(tokenizer, prompt, "here", arguments=arguments)
+    ids = chat.render_response(
+        tokenizer,
+        eos_ids or {tokenizer.eos_token_id},
+        control,
+        prompt,
+        prompt_ids,
+        [{"role": "assistant", "content": content}],
+        arguments,
+        "here",
+    )
+    if ids is None:
+        return tokenizer.decode(prompt_ids), None
+    return tokenizer.decode(prompt_ids), tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "template, arguments, content, opening, response",
+    [
+        # the template's own empty thought, once
+        (QWEN3, None, "yes", "", "<think>\n\n</think>\n\nyes<|end|>\n"),
+        (QWEN3, NO_THINKING, "yes", "<think>\n\n</think>\n\n", "yes<|end|>\n"),
+        (SMOLLM3, None, "yes", "", "yes<|end|>\n"),
+        (SMOLLM3, NO_THINKING, "yes", "<think>\n\n</think>\n", "yes<|end|>\n"),
+        # a thought of the response, once
+        (QWEN3, None, THOUGHT, "", THOUGHT + "<|end|>\n"),
+        (QWEN3, None, "<think>so</think>yes", "", THOUGHT + "<|end|>\n"),
+        (SMOLLM3, None, THOUGHT, "", THOUGHT + "<|end|>\n"),
+        (R1_DISTILL, None, THOUGHT, "<think>\n", "so\n</think>\n\nyes<|end|>"),
+        (R1_DISTILL, None, "so\n</think>\n\nyes", "<think>\n", "so\n</think>\n\nyes<|end|>"),
+        (OLMO3_THINK, None, THOUGHT, "<think>", "\nso\n</think>\n\nyes<|end|>\n"),
+        (OLMO3_THINK, None, "so</think>yes", "<think>", "so</think>yes<|end|>\n"),
+        # an answer inside the thought that the template opens, and a second thought
+        (R1_DISTILL, None, "yes", "<think>\n", None),
+        (OLMO3_THINK, None, "yes", "<think>", None),
+        (QWEN3, NO_THINKING, THOUGHT, "<think>\n\n</think>\n\n", None),
+        (SMOLLM3, NO_THINKING, THOUGHT, "<think>\n\n</think>\n", None),
+        # a thought that does not end
+        (QWEN3, None, "<think>\nso", "", None),
+        (SMOLLM3, None, "<think>\nso", "", None),
+        (R1_DISTILL, None, "<think>\nso", "<think>\n", None),
+    ],
+)
+def test_a_response_is_what_the_template_writes_behind_the_prompt(
+    template, arguments, content, opening, response
+):
+    prompt_text, response_text = written(template, content, arguments)
+
+    assert prompt_text.endswith("<|assistant|>" + opening)
+    assert response_text == response
+
+
+@pytest.mark.parametrize("template", [PLAIN, CHATML, QWEN3, SMOLLM3])
+@pytest.mark.parametrize("content", ["a [<|pad|>] b", "<|end|>", "x<|end|>", " <|user|>"])
+def test_responses_that_spell_control_tokens_end_as_others_do(template, content):
+    tokenizer = build_tokenizer(template, "<|pad|>")
+    control = chat.control_pattern(tokenizer)
+    prompt_ids = chat.render(tokenizer, QUESTION, "here")
+    end = tokenizer.eos_token_id
+    other = tokenizer.pad_token_id
+
+    # the turn ends with <|end|>, which is not the tokenizer's end token
+    tokenizer.eos_token = "<|pad|>"
+    tails = []
+    for text in ("plain", content):
+        response = [{"role": "assistant", "content": text}]
+        ids = chat.render_response(tokenizer, {end, other}, control, QUESTION, prompt_ids, response)
+        tails.append(ids[ids.index(end) :])
+        assert other not in ids
+        assert ids.count(end) == 1
+        assert text in tokenizer.decode(ids)
+
+    assert tails[0] == tails[1]
+
+
+@pytest.mark.parametrize("rewriting", [".upper()", ".replace('b', 'c')", "[:6]"])
+def test_a_template_that_rewrites_answers_is_noticed(rewriting):
+    template = OLMO3_THINK.replace("message.content", "message.content" + rewriting)
+    template = template.replace("<think>", "")
+
+    assert written(template, "aaa bbb ccc")[1] is None
+
+
+def test_a_template_that_moves_the_system_message_frames_the_response_all_the_same():
+    # Mistral-Nemo's: the system message stands in the last turn if that is the user's
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<|user|>"
+        "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}\n{% endif %}"
+        "{{ m.content }}<|assistant|>"
+        "{% elif m.role == 'assistant' %}{{ ' ' + m.content }}<|end|>{% endif %}{% endfor %}"
+    )
+    prompt = [{"role": "system", "content": "Be brief."}, *QUESTION]
+
+    prompt_text, response = written(template, "yes", prompt=prompt)
+
+    assert prompt_text == "<|user|>Be brief.\nis it?<|assistant|>"
+    assert response == " yes<|end|>"
+
+
+def test_a_conversation_that_the_template_refuses_is_named():
+    template = PLAIN.replace(
+        "{{ '<|' + m",
+        "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Roles must alternate') }}{% endif %}{{ '<|' + m",
+    )
+    prompt = [*QUESTION, {"role": "assistant", "content": "It is"}]
+
+    with pytest.raises(InputError, match="^here: .* refuses the prompt: Roles must alternate$"):
+        written(template, "so.", prompt=prompt)
+    with pytest.raises(InputError, match="^here: .* refuses the prompt: "):
+        written(template, "so.", {"tokenize": True})
+
+
+# ------------------------------------------------------------------------------ template arguments
+
+
+def test_the_templates_date_is_the_runs():
+    arguments = chat.template_arguments("", "2026-02-03")
+
+    assert "Today is 03 February 2026" in written(SMOLLM3, "yes", arguments)[0]
+
+
+def test_template_arguments_are_a_json_object_and_a_day():
+    assert chat.template_arguments('{"enable_thinking": false}', "") == NO_THINKING
+    with pytest.raises(InputError, match="--template_kwargs=.*: not JSON"):
+        chat.template_arguments("{thinking}", "")
+    with pytest.raises(InputError, match="--template_kwargs=.*: has to be a JSON object"):
+        chat.template_arguments("[1]", "")
+    with pytest.raises(InputError, match="--date=3.2.2026: has to be a day"):
+        chat.template_arguments("", "3.2.2026")
+
+
+def test_a_rows_own_columns_reach_the_template_over_the_runs():
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    run = {"enable_thinking": True, "lang": "en"}
+
+    row = {"tools": tools, "chat_template_kwargs": {"enable_thinking": False, "lang": None}}
+    assert chat.row_arguments(row, run) == {
+        "enable_thinking": False,
+        "lang": "en",
+        "tools": tools,
+    }
+
+    # as JSON text, and nulls as data sets fill them in
+    row = {"tools": json.dumps(tools), "chat_template_kwargs": None}
+    assert chat.row_arguments(row, None) == {"tools": tools}
+    assert chat.row_arguments({"tools": []}, run) == run
+    with pytest.raises(InputError, match="here: 'tools' has to be a JSON array"):
+        chat.row_arguments({"tools": {"name": "weather"}}, run, "here")
+    with pytest.raises(InputError, match="here: 'chat_template_kwargs' is not JSON"):
+        chat.row_arguments({"chat_template_kwargs": "no"}, run, "here")
+
+
+# ------------------------------------------------------------------------------------ end tokens
+
+
+def change_json(path, **changed):
+    values = json.loads(path.read_text()) | changed
+    path.write_text(json.dumps({key: v for key, v in values.items() if v is not None}))
+
+
+def test_end_tokens_come_from_config_json_where_no_generation_config_names_them(tmp_path):
+    build_model(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    for changed in (
+        {"eos_token_id": [1, 5]},
+        {"eos_token_id": 5},
+        {"eos_token_id": None, "text_config": {"eos_token_id": [5]}},
+    ):
+        change_json(tmp_path / "config.json", **changed)
+
+        _, eos_ids = chat.load_tokenizer(str(tmp_path))
+
+        assert eos_ids == {1, 5}  # 1 is the tokenizer's
+
+
+def test_a_model_without_any_end_token_is_refused(tmp_path):
+    build_model(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    change_json(tmp_path / "config.json", eos_token_id=None)
+    change_json(tmp_path / "tokenizer_config.json", eos_token=None)
+
+    with pytest.raises(InputError, match="no end token.*set eos_token in tokenizer_config.json"):
+        chat.load_tokenizer(str(tmp_path))
+
+
+def test_an_adapter_is_to_be_merged_first(tmp_path):
+    build_tokenizer(PLAIN, "<|pad|>").save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
+
+    with pytest.raises(InputError, match="--model=.*an adapter without its model; merge them"):
+        chat.load_tokenizer(str(tmp_path))
+
+
+def test_the_vocabulary_is_the_models_where_the_tokenizer_has_gaps_or_is_smaller(tmp_path):
+    build_model(tmp_path, vocab_size=300)
+    tokenizer, _ = chat.load_tokenizer(str(tmp_path))
+
+    assert len(tokenizer) < 300
+    assert chat.vocabulary_size(str(tmp_path), tokenizer) == 300
+    change_json(tmp_path / "config.json", vocab_size=None, text_config={"vocab_size": 320})
+    assert chat.vocabulary_size(str(tmp_path), tokenizer) == 320
+    change_json(tmp_path / "config.json", text_config=None)
+    assert chat.vocabulary_size(str(tmp_path), tokenizer) == len(tokenizer)
