@@ -18,7 +18,13 @@ import random
 from configurator import configure, run_script
 from nanoaipo.benchmarks.official_files import write_official_files
 from nanoaipo.benchmarks.write_answers import write_answers
-from nanoaipo.chat import control_pattern, load_tokenizer, render
+from nanoaipo.chat import (
+    control_pattern,
+    load_tokenizer,
+    render,
+    row_arguments,
+    template_arguments,
+)
 from nanoaipo.engines import context_length, load_engine
 from nanoaipo.errors import InputError
 from nanoaipo.instruct import compile_unfit, write_instructions
@@ -46,6 +52,8 @@ top_p = 1.0                             # nucleus
 max_new_tokens = 2048                   # longest response, end token included
 max_prompt_tokens = 512                 # longer ones are dropped, template included (AIPO: 512)
 min_prompt_tokens = 0                   # shorter ones are dropped, without the template (AIPO: 3)
+template_kwargs = ""                    # of the chat template, JSON: {"enable_thinking": false}
+date = ""                               # day that it is told, YYYY-MM-DD; empty: today's
 answer_name = ""                        # model's name in official files; empty: end of its path
 instruction_temperature = 0.5           # of new instructions (AIPO: 0.5, top_p 0.9, top_k 50)
 instruction_examples = 8                # of the pool, shown in a call (AIPO: 8)
@@ -66,11 +74,11 @@ config = configure(globals())
 # ---- prompts ----
 
 
-def read_pool(tokenizer, room):
+def read_pool(tokenizer, room, arguments):
     """The prompts that fit, with their prompt_ids, and counts of the dropped (`prompts` still 0).
 
     room: tokens that the model's context leaves for a prompt; max_prompt_tokens is a limit too.
-    Raises InputError when no prompt is left.
+    arguments: of the chat template. Raises InputError when no prompt is left.
     """
     counts = {"prompts": 0, "control_text": 0, "too_long": 0, "too_short": 0}
     control = control_pattern(tokenizer)
@@ -83,7 +91,8 @@ def read_pool(tokenizer, room):
             continue
 
         where = f"{prompts}: prompt '{row['id']}'"
-        row["prompt_ids"] = render(tokenizer, row["prompt"], where)
+        own = row_arguments(row, arguments, where)
+        row["prompt_ids"] = render(tokenizer, row["prompt"], where, arguments=own)
         if len(row["prompt_ids"]) > max_tokens:
             counts["too_long"] += 1
             continue
@@ -156,7 +165,8 @@ def sample_block(rows, sample, tokenizer):
     # fields of the prompt that are not ours travel along
     records = []
     for row, responses in zip(rows, sampled):
-        responses = [response_record(tokenizer, *response) for response in responses]
+        ids = row["prompt_ids"]
+        responses = [response_record(tokenizer, ids, *response) for response in responses]
         records.append(row | {"responses": responses})
     return records
 
@@ -168,7 +178,8 @@ def candidates(manifest):
     """n_responses to each prompt, from an engine here."""
     tokenizer, eos_ids = load_tokenizer(model)
     limit = context_length(model)
-    pool, counts = read_pool(tokenizer, limit - max_new_tokens)
+    arguments = template_arguments(template_kwargs, date)
+    pool, counts = read_pool(tokenizer, limit - max_new_tokens, arguments)
     rows = take_share(pool)
     counts["prompts"] = len(rows)
 
@@ -206,7 +217,8 @@ def instructions(manifest):
     """n_prompts new prompts, written by the policy after the pool's."""
     unfit = compile_unfit(instruction_unfit)
     tokenizer, eos_ids = load_tokenizer(model)
-    pool, _ = read_pool(tokenizer, max_prompt_tokens)
+    arguments = template_arguments(template_kwargs, date)
+    pool, _ = read_pool(tokenizer, max_prompt_tokens, arguments)
     write_instructions(
         pool,
         out,
@@ -225,6 +237,7 @@ def instructions(manifest):
         n_examples=instruction_examples,
         unfit=unfit,
         similarity=instruction_similarity,
+        arguments=arguments,
     )
 
 
@@ -247,6 +260,7 @@ def answers(manifest):
         top_k=top_k,
         top_p=top_p,
         max_new_tokens=max_new_tokens,
+        arguments=template_arguments(template_kwargs, date),
     )
 
 

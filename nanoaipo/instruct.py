@@ -71,12 +71,13 @@ def write_instructions(
     n_examples,
     unfit,
     similarity,
+    arguments=None,
 ):
     """Write this process's share of n_prompts new instructions to `out`, as a file of prompts.
 
     pool: prompt records to show; start_engine(max_tokens): an engine's `sample`; unfit: a compiled
-    pattern of what is dropped; max_...: tokens. Raises InputError when the pool is too small, or
-    when PATIENCE runs out.
+    pattern of what is dropped; max_...: tokens; arguments: of the chat template. Raises InputError
+    when the pool is too small, or when PATIENCE runs out.
     """
     if not n_prompts:
         raise InputError("--n_prompts is not set: how many instructions to write")
@@ -125,6 +126,7 @@ def write_instructions(
         min_tokens=max(MIN_TOKENS, min_prompt_tokens),
         max_tokens=min(max_prompt_tokens, limit - max_new_tokens),
         seen=seen,
+        arguments=arguments,
     )
 
     instructions = collect(wanted, call_policy, reason_to_drop, seen, counts, out, manifest)
@@ -216,6 +218,8 @@ def list_requests(tokenizer, examples, n_examples, n_calls, list_tokens, seeds):
             text += f"\n{k}. {example}"
         text += f"\n{n_examples + 1}."
         ids = tokenizer(text).input_ids
+        while ids[-1] in tokenizer.all_special_ids:  # some tokenizers end every text
+            ids.pop()
         if len(ids) <= list_tokens:
             requests.append((ids, derive_seed(*seeds, call)))
     if not requests:
@@ -250,10 +254,22 @@ def compile_unfit(pattern):
         raise InputError(f"--instruction_unfit={pattern}: not a regular expression: {e}") from e
 
 
-def why_unfit(text, finished, *, tokenizer, model, unfit, control, min_tokens, max_tokens, seen):
+def why_unfit(
+    text,
+    finished,
+    *,
+    tokenizer,
+    model,
+    unfit,
+    control,
+    min_tokens,
+    max_tokens,
+    seen,
+    arguments=None,
+):
     """The first rule an instruction breaks (a key of counts), or None.
 
-    min_tokens: of the text; max_tokens: of the rendered prompt.
+    min_tokens: of the text; max_tokens: of the prompt, rendered with the template's arguments.
     """
     if not finished:
         return "unfinished"
@@ -265,7 +281,8 @@ def why_unfit(text, finished, *, tokenizer, model, unfit, control, min_tokens, m
         return "control_text"
     if len(tokenizer(text, add_special_tokens=False).input_ids) < min_tokens:
         return "too_short"
-    if len(render(tokenizer, [{"role": "user", "content": text}], model)) > max_tokens:
+    messages = [{"role": "user", "content": text}]
+    if len(render(tokenizer, messages, model, arguments=arguments)) > max_tokens:
         return "too_long"
     if seen.is_near_duplicate(text):
         return "known"

@@ -12,6 +12,7 @@ import re
 
 from nanoaipo.files import json_line, read_records, shard_path
 from nanoaipo.processes import RANK, WORLD_SIZE
+from nanoaipo.responses import answer_length
 
 
 def write_official_files(out, name):
@@ -87,7 +88,7 @@ def model_answer(row, name):
         return record
 
     text = texts[0]
-    n_policy_tokens = len(answers[0]["ids"])
+    n_policy_tokens = answer_length(answers[0])
     if "turns" in row:
         n_tokens, counter = token_length(text, "cl100k_base", n_policy_tokens)
         record["token_len_by"] = counter

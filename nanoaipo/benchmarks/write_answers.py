@@ -6,7 +6,7 @@ A record carries the answer to the first turn in `responses`, those to further t
 
 import functools
 
-from nanoaipo.chat import control_pattern, render
+from nanoaipo.chat import control_pattern, render, row_arguments
 from nanoaipo.engines import context_length
 from nanoaipo.errors import InputError
 from nanoaipo.processes import RANK, WORLD_SIZE
@@ -46,11 +46,13 @@ def write_answers(
     top_k,
     top_p,
     max_new_tokens,
+    arguments=None,
 ):
     """Write one answer to each turn of each prompt to `out`, block by block; nothing is dropped.
 
-    start_engine(max_tokens): an engine's `sample`. A block holds all turns of its questions.
-    Raises InputError where the model has no room for all turns of a question.
+    start_engine(max_tokens): an engine's `sample`; arguments: of the chat template. A block holds
+    all turns of its questions. Raises InputError where the model has no room for all turns of a
+    question.
     """
     rows = read_prompts(prompts, prompt_field)
     if n_prompts:
@@ -58,7 +60,7 @@ def write_answers(
     rows = rows[RANK::WORLD_SIZE]
 
     limit = context_length(model)
-    longest = render_and_measure(rows, tokenizer, limit, prompts, max_new_tokens)
+    longest = render_and_measure(rows, tokenizer, limit, prompts, max_new_tokens, arguments)
     sample = None
     if rows:  # there may be more processes than questions
         # an earlier turn's answer is rendered again from its text, perhaps to more tokens
@@ -75,18 +77,20 @@ def write_answers(
         top_k=top_k,
         top_p=top_p,
         max_new_tokens=max_new_tokens,
+        arguments=arguments,
     )
     count = functools.partial(count_and_print, out, {"prompts": len(rows)})
     write_blocks(out, manifest, rows, block, answer, count)
 
 
-def render_and_measure(rows, tokenizer, limit, prompts, max_new_tokens):
+def render_and_measure(rows, tokenizer, limit, prompts, max_new_tokens, arguments=None):
     """Set the prompt_ids of questions; return the tokens the longest may take with its answers."""
     control = control_pattern(tokenizer)
     longest = 0
     for row in rows:
         where = f"{prompts}: prompt '{row['id']}'"
-        row["prompt_ids"] = render(tokenizer, row["prompt"], where, control)
+        own = row_arguments(row, arguments, where)
+        row["prompt_ids"] = render(tokenizer, row["prompt"], where, control, arguments=own)
 
         # the last turn is asked after all the others and their answers
         n_tokens = len(row["prompt_ids"]) + max_new_tokens
@@ -113,6 +117,7 @@ def answer_block(
     top_k,
     top_p,
     max_new_tokens,
+    arguments=None,
 ):
     """The records of a block of questions with one answer to each of their turns.
 
@@ -137,7 +142,8 @@ def answer_block(
             requests = []
             for k in asked:
                 where = f"{prompts}: prompt '{rows[k]['id']}'"
-                ids = render(tokenizer, conversations[k], where, control)
+                own = row_arguments(rows[k], arguments, where)
+                ids = render(tokenizer, conversations[k], where, control, arguments=own)
                 requests.append((ids, derive_seed(seed, iteration, rows[k]["id"], turn)))
 
             # the answer enters the conversation as text, as a user would see it
@@ -149,8 +155,8 @@ def answer_block(
                 top_p=top_p,
                 max_new_tokens=max_new_tokens,
             )
-            for k, (response,) in zip(asked, sampled):
-                answer = response_record(tokenizer, *response)
+            for k, (prompt_ids, _), (response,) in zip(asked, requests, sampled):
+                answer = response_record(tokenizer, prompt_ids, *response)
                 answers[k].append(answer)
                 conversations[k].append({"role": "assistant", "content": answer["text"]})
 
