@@ -15,6 +15,7 @@ import glob
 import os
 import shlex
 import sys
+import time
 
 from nanoaipo.errors import InputError
 from nanoaipo.stages import FREE
@@ -241,8 +242,21 @@ def resolve(arguments, every):
     if not run:
         name, _ = os.path.splitext(os.path.basename(recipe))
         run = os.path.join("out", name)
+
+    # one day for all that a run's templates are told, also when it goes on after midnight
+    if not changed.get("date"):
+        changed["date"] = date_of_run(run)
     check_started_with(run, changed, every)
     return changed, run
+
+
+def date_of_run(run):
+    """The day that a run was started with, as its recipe has it; today's for a new run."""
+    path = os.path.join(run, "recipe.py")
+    if not os.path.exists(path):
+        return time.strftime("%Y-%m-%d")
+    date, _, _ = literals(path).get("date", ("", 0, ""))  # an older run has none
+    return date
 
 
 def check_started_with(run, changed, every):

@@ -200,13 +200,18 @@ def is_complete(out, manifest):
 
 
 def check_same_run(out, manifest):
-    """Raise InputError if the manifest of `out` has other settings (FREE aside) or inputs."""
+    """Raise InputError if the manifest of `out` has other settings (FREE aside) or inputs.
+
+    A setting that the manifest does not know, and that is off, came later than the output.
+    """
     with open(manifest_path(out), encoding="utf-8") as f:
         before = json.load(f)
     for kind in ("settings", "inputs"):
         for key in before[kind] | manifest[kind]:
             old = before[kind].get(key)
             new = manifest[kind].get(key)
+            if key not in before[kind] and not new:
+                continue
             if old != new and key not in FREE:
                 raise InputError(
                     f"{out}: was made with another '{key}' ({old}, now {new}): "

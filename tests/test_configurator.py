@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -247,6 +248,7 @@ def test_a_run_keeps_its_settings_and_may_only_grow(resolve, tmp_path):
     assert "model=m\n" in text
     assert (tmp_path / "out/r/recipe.py").read_text() == (
         "model = 'm'\nbeta = 0.2\niterations = 2\nprompts = 'my prompts.jsonl'\n"
+        f"date = '{time.strftime('%Y-%m-%d')}'\n"
     )
 
     # nothing is written yet: a slip can be mended
@@ -275,3 +277,28 @@ def test_a_run_is_made_of_its_own_pairs_or_candidates_or_of_others_but_not_of_bo
 
     assert code == 1
     assert "of pairs, candidates and new_instructions only one can be" in text
+
+
+def test_a_run_keeps_the_day_on_which_it_was_started(resolve, tmp_path):
+    recipe = tmp_path / "out/run/recipe.py"
+
+    # a new run takes today's, or the one it is given
+    assert resolve("--model=m")[0] == 0
+    assert f"date = '{time.strftime('%Y-%m-%d')}'\n" in recipe.read_text()
+    assert resolve("--model=m", "--date=2026-01-31")[0] == 0
+    started = recipe.read_text()
+
+    # it goes on another day
+    (tmp_path / "out/run/iter_1").mkdir()
+    (tmp_path / "out/run/iter_1/candidates.jsonl").write_text("")
+    assert resolve("--model=m")[0] == 0
+    assert "date = '2026-01-31'\n" in recipe.read_text()
+    assert sorted(recipe.read_text().splitlines()) == sorted(started.splitlines())
+    code, text = resolve("--model=m", "--date=2026-02-01")
+    assert code == 1
+    assert "this run was started with date='2026-01-31', not '2026-02-01'" in text
+
+    # a run from before there were dates goes on without
+    recipe.write_text("model = 'm'\n")
+    assert resolve("--model=m")[0] == 0
+    assert "2026" not in recipe.read_text()
