@@ -252,6 +252,10 @@ def shielded_ids(tokenizer, text, name):
 # ----------------------------------------------------------------------- responses given as text
 
 
+class RewrittenError(InputError):
+    """A chat template would not write a response as it was given."""
+
+
 def render_response(
     tokenizer,
     eos_ids,
@@ -265,10 +269,10 @@ def render_response(
     """Ids of a response that came as text: what the template writes behind the prompt.
 
     It ends as the template ends a turn; an end token is added only where the template has none.
-    Returns None where this model's template would not write the response so: it rewrites the
+    Raises RewrittenError where the template would not write the response so: it rewrites the
     answer, it opens a thought and the response has none, it closes one and the response thinks
-    again, or the response is a thought that does not end. Raises InputError, which names `where`,
-    if the template refuses the conversation.
+    again, or the response is a thought that does not end. Raises InputError if it refuses the
+    conversation. Both name `where`.
     """
     name = unused_name(prompt + response)
     marks = marks_of(response[0]["content"]) or ()
@@ -276,19 +280,25 @@ def render_response(
     reply = shield(response[0], control, name, marks)
     before = written_by_template(tokenizer, prompt, where, arguments, opens=True)
     if marks and closes_thought(before):
-        return None
+        raise RewrittenError(
+            f"{where}: the response thinks, and the template tells the model not to "
+            "(--template_kwargs)"
+        )
 
     # a template that drops thoughts, or rewrites earlier turns, still shows how it frames a turn
     text = written_by_template(tokenizer, [*prompt, reply], where, arguments)
     _, answer = split_thought(reply["content"])
     if answer.strip() not in text:
-        return None
+        raise RewrittenError(f"{where}: this model's chat template rewrites the response")
     opened = opens_thought(before)
     written = text.removeprefix(before)
     if not text.startswith(before) or not holds(written, reply, opened):
         written = framed(tokenizer, prompt, reply, name, where, arguments)
     if written is None or not holds(written, reply, opened):
-        return None
+        raise RewrittenError(
+            f"{where}: this model's chat template leaves no place for the response "
+            "(a thought without an end, or none where the template opens one)"
+        )
 
     # read behind the prompt, unless that changes the prompt's own tokens
     ids = shielded_ids(tokenizer, before + written, name)

@@ -63,22 +63,19 @@ THOUGHT = "<think>\nso\n</think>\n\nyes"
 NO_THINKING = {"enable_thinking": False}
 
 
-def written(template, content, arguments=None, eos_ids=None, prompt=QUESTION):
-    """(Text of the prompt, text of the response) as they are trained; None: it is left out."""
+def written(template, content, arguments=None, prompt=QUESTION):
+    """(Text of the prompt, text of the response) as they are trained; None: it is rewritten."""
     tokenizer = build_tokenizer(template, "<|pad|>")
     control = chat.control_pattern(tokenizer)
     prompt_ids = chat.render(tokenizer, prompt, "here", arguments=arguments)
-    ids = chat.render_response(
-        tokenizer,
-        eos_ids or {tokenizer.eos_token_id},
-        control,
-        prompt,
-        prompt_ids,
-        [{"role": "assistant", "content": content}],
-        arguments,
-        "here",
-    )
-    if ids is None:
+    response = [{"role": "assistant", "content": content}]
+    eos_ids = {tokenizer.eos_token_id}
+    try:
+        ids = chat.render_response(
+            tokenizer, eos_ids, control, prompt, prompt_ids, response, arguments, "here"
+        )
+    except chat.RewrittenError as e:
+        assert str(e).startswith("here: ")
         return tokenizer.decode(prompt_ids), None
     return tokenizer.decode(prompt_ids), tokenizer.decode(ids)
 
