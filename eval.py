@@ -26,6 +26,7 @@ from nanoaipo.errors import InputError
 from nanoaipo.files import write_json
 from nanoaipo.grading import is_right
 from nanoaipo.prompts import read_candidates
+from nanoaipo.responses import answer_length
 from nanoaipo.stages import fingerprint, manifest_path, open_stage
 from nanoaipo.stats import LENGTH_ALARM, interval, length_controlled_interval, variety
 
@@ -52,6 +53,8 @@ generate_rows = 512                     # replies sampled at once (transformers)
 tensor_parallel = 1                     # GPUs per engine (vllm)
 gpu_memory = 0.9                        # share of a GPU's memory the engine may take (vllm)
 seed = 0                                # of the run
+template_kwargs = ""                    # of the chat template, JSON: {"enable_thinking": false}
+date = ""                               # day that it is told, YYYY-MM-DD; empty: today's
 config = configure(globals())
 # fmt: on
 
@@ -163,14 +166,15 @@ def score_answers(prompts, ours, theirs, won):
     if len(judged) == 0:
         raise InputError(f"--eval_ranker={eval_ranker}: not one readable verdict")
 
-    # lengths in tokens, the end token included, where every answer has its ids
-    unit = "characters"
-    field = "text"
+    # lengths in tokens, the end token included, where every answer has its ids; thoughts aside
     if all("ids" in response for response in ours + theirs):
         unit = "tokens"
-        field = "ids"
-    lengths = np.array([len(response[field]) for response in ours])  # (N,)
-    baseline_lengths = np.array([len(response[field]) for response in theirs])  # (N,)
+        lengths = np.array([answer_length(response) for response in ours])  # (N,)
+        baseline_lengths = np.array([answer_length(response) for response in theirs])  # (N,)
+    else:
+        unit = "characters"
+        lengths = np.array([len(response["text"]) for response in ours])  # (N,)
+        baseline_lengths = np.array([len(response["text"]) for response in theirs])  # (N,)
 
     right = []
     for prompt, response in zip(prompts, ours):

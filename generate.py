@@ -276,6 +276,7 @@ def check_settings():
     for key in ("n_responses", "max_new_tokens", "block", "generate_rows", "instruction_examples"):
         if config[key] < 1:
             raise InputError(f"--{key}={config[key]}: has to be 1 at least")
+    template_arguments(template_kwargs, date)
     if not 0 <= instruction_similarity <= 1:
         raise InputError(
             f"--instruction_similarity={instruction_similarity}: has to be between 0 and 1"
@@ -287,6 +288,8 @@ def check_settings():
             "--engine=openai: writes candidates, wants --engine_url without user or key in it "
             "(OPENAI_API_KEY)"
         )
+    if engine == "openai" and template_kwargs:
+        raise InputError("--template_kwargs: --engine=openai leaves the template to the server")
 
 
 def main():

@@ -18,12 +18,15 @@ import re
 import statistics
 
 from configurator import configure, run_script
+from nanoaipo.chat import template_arguments
 from nanoaipo.errors import InputError
 from nanoaipo.files import shard_path
 from nanoaipo.processes import RANK, WORLD_SIZE
 from nanoaipo.prompts import read_candidates
+from nanoaipo.responses import answer_length
 from nanoaipo.seeds import derive_seed
 from nanoaipo.stages import open_output, open_stage
+from nanoaipo.thoughts import split_thought, with_thought
 
 # fmt: off
 # ---- settings ----
@@ -59,6 +62,8 @@ generate_rows = 512                     # responses sampled at once (transformer
 tensor_parallel = 1                     # GPUs per engine (vllm)
 gpu_memory = 0.9                        # share of a GPU's memory the engine may take (vllm)
 seed = 0                                # of the run
+template_kwargs = ""                    # of the chat template, JSON: {"enable_thinking": false}
+date = ""                               # day that it is told, YYYY-MM-DD; empty: today's
 config = configure(globals())
 
 # what the manifest counts, in this order: prompts and pairs, then what was dropped and why
@@ -78,10 +83,13 @@ URL = re.compile(r"https?://|www\.")
 
 def why_left_out(response, drop_unfinished, max_response_tokens):
     """The first reason why a response does not compete (a key of counts), or None."""
-    if not response["text"].strip():
+    cut_thought = "thought" in response and not response.get("finished", True)
+    if not response["text"].strip() and not cut_thought:
         return "empty"
     if drop_unfinished and not response.get("finished", True):
         return "unfinished"
+    if not response["text"].strip():
+        return "empty"
     if len(response.get("ids", ())) > max_response_tokens:
         return "too_long"
     return None
@@ -203,15 +211,22 @@ def why_no_pairs(n_responses, scores):
 
 
 def pair_record(row, chosen, rejected, has_ids):
-    """The fields of the prompt and of two of its responses: ids of all three, or of none."""
+    """The fields of the prompt and of two of its responses: ids of all three, or of none.
+
+    Ids hold the thought too; the messages are answers, behind their thoughts where no ids are.
+    """
     pair = dict(row)
-    if has_ids:
-        pair["chosen_ids"] = chosen["ids"]
-        pair["rejected_ids"] = rejected["ids"]
-    else:
+    if not has_ids:
         pair.pop("prompt_ids", None)
-    pair["chosen"] = [{"role": "assistant", "content": chosen["text"]}]
-    pair["rejected"] = [{"role": "assistant", "content": rejected["text"]}]
+    for side, response in (("chosen", chosen), ("rejected", rejected)):
+        content = response["text"]
+        if has_ids:
+            pair[side + "_ids"] = response["ids"]
+            if "thought_tokens" in response:
+                pair[side + "_thought_tokens"] = response["thought_tokens"]
+        elif response.get("thought"):
+            content = with_thought(response["thought"], content)
+        pair[side] = [{"role": "assistant", "content": content}]
     return pair
 
 
@@ -241,10 +256,12 @@ def pairs_of(
         counts[reason] += 1
         return
 
-    # lengths are in tokens, in characters where only texts are known
+    # lengths are the answers', in tokens, in characters where only texts are known
     has_ids = "prompt_ids" in row and all("ids" in response for response in responses)
-    unit = "ids" if has_ids else "text"
-    lengths = [len(responses[k][unit]) for k in distinct]
+    if has_ids:
+        lengths = [answer_length(responses[k]) for k in distinct]
+    else:
+        lengths = [len(responses[k]["text"]) for k in distinct]
     rng = random.Random(derive_seed(seed, row["id"]))
     rule = PAIR_RULES[pair_rule]
 
@@ -272,10 +289,11 @@ def pairs_of(
 
 
 def response_length(pair, side):
-    """Length of the chosen or the rejected: tokens, or characters where only texts are known."""
+    """Length of an answer, chosen or rejected: tokens, or characters where only text is known."""
     if side + "_ids" in pair:
-        return len(pair[side + "_ids"])
-    return len(pair[side][0]["content"])
+        return len(pair[side + "_ids"]) - pair.get(side + "_thought_tokens", 0)
+    _, answer = split_thought(pair[side][0]["content"])
+    return len(answer)
 
 
 def longer_won_by_prompt(pairs):
@@ -337,6 +355,7 @@ def check_settings():
     """Raise InputError for the first setting out of its range."""
     if pair_rule not in PAIR_RULES:
         raise InputError(f"--pair_rule={pair_rule}: there are {', '.join(PAIR_RULES)}")
+    template_arguments(template_kwargs, date)
     if not 0 <= tier < 0.5:
         raise InputError(f"--tier={tier}: from 0 to below 0.5, or top and bottom overlap")
     at_least = {

@@ -59,6 +59,12 @@ def split_thought(text, opened=False):
     return thought.strip(), answer.lstrip()
 
 
+def with_thought(thought, answer):
+    """A response's text as most models write it, for a template to make its own."""
+    begins, ends = MARKS[0]
+    return f"{begins}\n{thought}\n{ends}\n\n{answer}"
+
+
 def opens_thought(text):
     """Whether a rendered prompt ends inside a thought: the template has written its first mark."""
     return text.rstrip().endswith(tuple(begins for begins, _ in MARKS))
@@ -75,7 +81,7 @@ def split_thought_ids(tokenizer, prompt_ids, ids):
     The texts have no special tokens in them. Without a thought: (None, text, 0, True).
     """
     # special tokens are decoded too, since the marks may be among them
-    opened = opens_thought(tokenizer.decode(prompt_ids[-16:]))  # no mark has more tokens
+    opened = opens_thought(tokenizer.decode(prompt_ids[-32:]))  # no mark is longer
     marked = tokenizer.decode(ids)
     thought, _ = split_thought(marked, opened)
     if thought is None:

@@ -9,7 +9,8 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, build_model, run
+from templates import SMOLLM3
 from test_instruct import pool, writer  # noqa: F401 (test_recipes takes them from here)
 from test_judge import KEY, Judge
 from test_loop import world  # noqa: F401 (a fixture)
@@ -171,6 +172,49 @@ def test_the_counts_of_shards_add_up(world, tmp_path):
     for key, value in {"prompts": 3, "too_long": 1, "responses": 6}.items():
         assert one[key] == value
         assert first[key] + second[key] == value
+
+
+def test_template_settings_and_a_rows_own_columns_reach_the_prompt(tmp_path):
+    names = "{% for tool in tools or () %}{{ tool.name }}{% endfor %}"
+    template = names + SMOLLM3
+    build_model(tmp_path / "model", template=template)
+    rows = [
+        {"id": "plain", "prompt": "hi"},
+        {"id": "tools", "prompt": "hi", "tools": [{"name": "weather"}]},
+        {"id": "thinks", "prompt": "hi", "chat_template_kwargs": {"enable_thinking": True}},
+    ]
+    write_rows(tmp_path / "prompts.jsonl", rows)
+    settings = {
+        "model": tmp_path / "model",
+        "prompts": tmp_path / "prompts.jsonl",
+        "engine": "transformers",
+        "dtype": "float32",
+        "max_new_tokens": 2,
+        "template_kwargs": '{"enable_thinking": false}',
+        "date": "2026-02-03",
+    }
+
+    for task in ("candidates", "answers"):
+        done = run("generate.py", task=task, out=tmp_path / f"{task}.jsonl", **settings)
+
+        assert done.returncode == 0, done.stderr
+        tokenizer, _ = chat.load_tokenizer(str(tmp_path / "model"))
+        texts = [
+            tokenizer.decode(row["prompt_ids"]) for row in read_rows(tmp_path / f"{task}.jsonl")
+        ]
+        system = "Today is 03 February 2026<|end|>\n<|user|>hi<|end|>\n<|assistant|>"
+        assert texts == [
+            f"<|system|>{system}<think>\n\n</think>\n",
+            f"weather<|system|>{system}<think>\n\n</think>\n",
+            f"<|system|>{system}",
+        ]
+        manifest = json.loads((tmp_path / f"{task}.manifest.json").read_text())
+        assert manifest["settings"]["template_kwargs"] == '{"enable_thinking": false}'
+
+    done = run("generate.py", out=tmp_path / "x.jsonl", **settings | {"template_kwargs": "{"})
+    assert done.returncode == 1
+    assert done.stderr.startswith("--template_kwargs={: not JSON")
+    assert done.stderr.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------- prompts

@@ -673,7 +673,62 @@ def test_a_chosen_response_with_a_url_gives_no_pair_and_no_pair_at_all_is_an_err
         ({"text": "yes", "finished": True, "ids": [1, 2, 3]}, True, None),
         ({"text": "yes", "finished": True, "ids": [1, 2, 3, 4]}, True, "too_long"),
         ({"text": "yes", "finished": False, "ids": [1, 2, 3, 4]}, False, "too_long"),
+        ({"text": "", "finished": False, "thought": "so"}, True, "unfinished"),
+        ({"text": "", "finished": False, "thought": "so"}, False, "empty"),
     ],
 )
 def test_what_keeps_a_response_from_competing(response, drop_unfinished, reason):
     assert rank.why_left_out(response, drop_unfinished, max_response_tokens=3) == reason
+
+
+# ---------------------------------------------------------------------------------------- thoughts
+
+
+def pair_of_thinkers(with_ids):
+    """The pair of two responses, of which the better one has the shorter answer."""
+    responses = [
+        {"text": "short", "thought": "a long one", "finished": True},
+        {"text": "a longer answer", "thought": "so", "finished": True},
+        {"text": "the longest answer of all", "finished": True},
+    ]
+    lengths = ((9, 7), (5, 1), (6, 0))  # tokens, of which the thought has
+    row = {"id": "a", "prompt": [{"role": "user", "content": "hi"}]}
+    if with_ids:
+        row["prompt_ids"] = [1]
+        for response, (n_tokens, n_thought) in zip(responses, lengths):
+            response["ids"] = list(range(n_tokens))
+            if n_thought:
+                response["thought_tokens"] = n_thought
+    (pair,) = rank.pairs_of(
+        row,
+        responses,
+        torch.tensor([1.0, 0.9, 0.0]),
+        torch.zeros(3, 3),
+        collections.Counter(),
+        pair_rule="short_long",
+        tier=0.2,
+        min_gap=0.0,
+        drop_url=True,
+        seed=0,
+    )
+    return pair
+
+
+def test_lengths_are_those_of_the_answers_and_ids_hold_the_thoughts():
+    pair = pair_of_thinkers(with_ids=True)
+
+    assert pair["chosen"][0]["content"] == "short"
+    assert len(pair["chosen_ids"]) == 9
+    assert len(pair["rejected_ids"]) == 6
+    numbers = rank.summary([pair])
+    assert numbers["chosen"] == 2
+    assert numbers["rejected"] == 6
+    assert numbers["longer_won"] == 0
+
+
+def test_a_pair_of_texts_keeps_its_thoughts_for_training():
+    pair = pair_of_thinkers(with_ids=False)
+
+    assert pair["chosen"][0]["content"] == "<think>\na long one\n</think>\n\nshort"
+    assert pair["rejected"][0]["content"] == "the longest answer of all"
+    assert rank.summary([pair])["chosen"] == len("short")
