@@ -25,7 +25,7 @@ import shutil
 import time
 
 from configurator import configure, run_script
-from nanoaipo.chat import load_tokenizer
+from nanoaipo.chat import load_tokenizer, template_arguments, vocabulary_size
 from nanoaipo.errors import InputError
 from nanoaipo.files import write_json
 from nanoaipo.pairs import read_pairs
@@ -72,6 +72,8 @@ batch_size = 256                # pairs per optimizer step, over all processes (
 max_steps = 0                   # stop after that many steps; 0: all
 shuffle = True                  # draw the pairs in random order; False keeps the file's
 seed = 0                        # of that order, and of LoRA's first weights
+template_kwargs = ""            # of the chat template, JSON: {"enable_thinking": false}
+date = ""                       # day that it is told, YYYY-MM-DD; empty: today's
 max_length = 2560               # tokens of prompt + response; longer pairs are dropped, never cut
 tokens_per_microbatch = 8192    # tokens one process computes at once; does not change batch_size
 dtype = "bfloat16"              # of computation and saved weights; master weights are float32
@@ -289,7 +291,15 @@ def main():
     if manifest is None:  # complete
         return
     tokenizer, eos_ids = load_tokenizer(model)
-    records, manifest["counts"] = read_pairs(pairs, tokenizer, eos_ids, max_length)
+    arguments = template_arguments(template_kwargs, date)  # for pairs that come as text
+    records, manifest["counts"] = read_pairs(
+        pairs,
+        tokenizer,
+        eos_ids,
+        max_length,
+        arguments=arguments,
+        n_tokens=vocabulary_size(model, tokenizer),
+    )
     train(final_dir, manifest, tokenizer, eos_ids, records)
 
 
