@@ -22,7 +22,7 @@ from nanoaipo.engines import context_length, load_engine
 from nanoaipo.errors import InputError
 from nanoaipo.files import shard_path
 from nanoaipo.seeds import derive_seed
-from nanoaipo.thoughts import THOUGHT_BEGINS
+from nanoaipo.thoughts import split_thought_ids, with_thought
 
 REQUIRED = ("model", "messages")
 OPTIONAL = ("temperature", "top_p", "max_tokens", "logprobs", "top_logprobs")
@@ -306,15 +306,21 @@ def local_model(
             for n, responses in zip(block, sampled):
                 ids, *_ = responses[0]
                 usage = {"prompt_tokens": len(prompt_ids[n]), "completion_tokens": len(ids)}
-                text = tokenizer.decode(ids, skip_special_tokens=True)
-                # a thought that the template has opened begins with its mark here too
-                prompt_ends = tokenizer.decode(prompt_ids[n][-16:]).rstrip()
-                if prompt_ends.endswith(THOUGHT_BEGINS):
-                    text = THOUGHT_BEGINS + text
-                replies[n] = {"reply": text, "usage": usage}
+                reply = reply_text(tokenizer, prompt_ids[n], ids)
+                replies[n] = {"reply": reply, "usage": usage}
             keep(replies)
 
     return answer
+
+
+def reply_text(tokenizer, prompt_ids, ids):
+    """A reply as text, its thought between marks that are plain text, for whoever reads it."""
+    thought, answer, _, has_ended = split_thought_ids(tokenizer, prompt_ids, ids)
+    if thought is None:
+        return answer
+    if not has_ended:
+        return f"<think>\n{thought}"
+    return with_thought(thought, answer)
 
 
 def sort_by_room(prompt_ids, room):
