@@ -71,22 +71,14 @@ def render_pair(where, row, tokenizer, eos_ids, control, arguments):
         ids = {"prompt_ids": prompt_ids}
         for name, response in (("chosen_ids", chosen), ("rejected_ids", rejected)):
             ids[name] = render_response(
-                tokenizer, eos_ids, control, prompt, prompt_ids, response, arguments
+                tokenizer, eos_ids, control, prompt, prompt_ids, response, arguments, where
             )
     except InputError as e:
         reason = "rewritten"
         if isinstance(e.__cause__, TemplateError):
             reason = "refused_by_template"
-        raise UnusableRow(reason, place_first(where, e)) from e
+        raise UnusableRow(reason, str(e)) from e
     return ids
-
-
-def place_first(where, error):
-    """The text of an error, which begins with the place of the row."""
-    text = str(error)
-    if text.startswith(where):
-        return text
-    return f"{where}: {text}"
 
 
 def check_ids(where, pair, n_tokens):
