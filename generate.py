@@ -18,17 +18,12 @@ import random
 from configurator import configure, run_script
 from nanoaipo.benchmarks.official_files import write_official_files
 from nanoaipo.benchmarks.write_answers import write_answers
-from nanoaipo.chat import (
-    control_pattern,
-    load_tokenizer,
-    render,
-    row_arguments,
-    template_arguments,
-)
+from nanoaipo.chat import control_pattern, load_tokenizer, render, template_arguments
 from nanoaipo.engines import context_length, load_engine
 from nanoaipo.errors import InputError
 from nanoaipo.instruct import compile_unfit, write_instructions
-from nanoaipo.processes import RANK, WORLD_SIZE
+from nanoaipo.messages import Dropped, UnusableRow, template_columns
+from nanoaipo.processes import RANK, WORLD_SIZE, print0
 from nanoaipo.prompts import read_prompts
 from nanoaipo.responses import ask_for_responses, count_and_print, response_record
 from nanoaipo.seeds import derive_seed
@@ -78,21 +73,30 @@ def read_pool(tokenizer, room, arguments):
     """The prompts that fit, with their prompt_ids, and counts of the dropped (`prompts` still 0).
 
     room: tokens that the model's context leaves for a prompt; max_prompt_tokens is a limit too.
-    arguments: of the chat template. Raises InputError when no prompt is left.
+    arguments: of the chat template. A row that holds no prompt, or one that the template refuses,
+    is dropped, and counted by reason. Raises InputError when no prompt is left.
     """
     counts = {"prompts": 0, "control_text": 0, "too_long": 0, "too_short": 0}
     control = control_pattern(tokenizer)
     max_tokens = min(max_prompt_tokens, room)
     pool = []
-    for row in read_prompts(prompts, prompt_field):
+    dropped = Dropped()
+    for row in read_prompts(prompts, prompt_field, dropped):
         # a template would turn such text into the control token itself
         if any(control.search(message["content"]) for message in row["prompt"]):
             counts["control_text"] += 1
             continue
 
         where = f"{prompts}: prompt '{row['id']}'"
-        own = row_arguments(row, arguments, where)
-        row["prompt_ids"] = render(tokenizer, row["prompt"], where, arguments=own)
+        try:
+            own = arguments | template_columns(where, row)
+            row["prompt_ids"] = render(tokenizer, row["prompt"], where, arguments=own)
+        except UnusableRow as e:
+            dropped.add(e.reason, e)
+            continue
+        except InputError as e:
+            dropped.add("refused_by_template", e)
+            continue
         if len(row["prompt_ids"]) > max_tokens:
             counts["too_long"] += 1
             continue
@@ -107,11 +111,18 @@ def read_pool(tokenizer, room, arguments):
         pool.append(row)
 
     if not pool:
+        unusable = ""
+        if dropped.counts:
+            unusable = f", {dropped.reasons()}"
         raise InputError(
             f"{prompts}: no prompt is left ({counts['control_text']} with control text, "
             f"{counts['too_long']} above max_prompt_tokens and what max_new_tokens leaves, "
-            f"{max_tokens}, {counts['too_short']} below min_prompt_tokens)"
+            f"{max_tokens}, {counts['too_short']} below min_prompt_tokens"
+            f"{unusable})"
         )
+    if dropped.counts:
+        print0(f"{prompts}: {dropped}")
+    counts.update(dropped.counts)
     if RANK > 0:  # every process reads all prompts; the first counts for all
         counts = dict.fromkeys(counts, 0)
     return pool, counts

@@ -86,7 +86,7 @@ def bare(folder):
 
     generate = load_generate(folder)
     tokenizer, eos_ids = generate.load_tokenizer(generate.model)
-    rows, _ = generate.read_pool(tokenizer, generate.max_prompt_tokens)
+    rows, _ = generate.read_pool(tokenizer, generate.max_prompt_tokens, {})
     llm = start_vllm(
         generate.model,
         generate.max_prompt_tokens + generate.max_new_tokens,

@@ -12,9 +12,8 @@ import os
 import re
 
 from nanoaipo.errors import InputError, reason_of
+from nanoaipo.messages import RENDERERS_OWN, found_field
 from nanoaipo.thoughts import closes_thought, marks_of, opens_thought, split_thought
-
-JSON_NAMES = {dict: "object", list: "array"}
 
 
 def load_tokenizer(model, setting="model"):
@@ -145,6 +144,11 @@ def template_arguments(template_kwargs, date):
             raise InputError(f"--template_kwargs={template_kwargs}: not JSON: {e}") from e
         if not isinstance(arguments, dict):
             raise InputError(f"--template_kwargs={template_kwargs}: has to be a JSON object")
+        taken = found_field(arguments, RENDERERS_OWN)
+        if taken:
+            raise InputError(
+                f"--template_kwargs={template_kwargs}: '{taken}' is not the template's"
+            )
 
     # templates call strftime_now("%d %B %Y"); a variable of that name hides transformers' function
     if date:
@@ -154,34 +158,6 @@ def template_arguments(template_kwargs, date):
             raise InputError(f"--date={date}: has to be a day such as 2026-11-27") from e
         arguments["strftime_now"] = day.strftime
     return arguments
-
-
-def row_arguments(row, arguments, where="a row"):
-    """The template's arguments for one row: the run's, and the row's own over them.
-
-    These are TRL's columns `chat_template_kwargs` and `tools`, objects or their JSON text. Raises
-    InputError, which names `where`, for other values.
-    """
-    own = {}
-    for column, kind in (("chat_template_kwargs", dict), ("tools", list)):
-        value = row.get(column)
-        if isinstance(value, str) and value:
-            try:
-                value = json.loads(value)
-            except ValueError as e:
-                raise InputError(f"{where}: '{column}' is not JSON: {e}") from e
-        if value and not isinstance(value, kind):
-            raise InputError(f"{where}: '{column}' has to be a JSON {JSON_NAMES[kind]}")
-        own[column] = value
-
-    # data sets fill keys that a row does not have with nulls
-    merged = dict(arguments or {})
-    for key, value in (own["chat_template_kwargs"] or {}).items():
-        if value is not None:
-            merged[key] = value
-    if own["tools"]:
-        merged["tools"] = own["tools"]
-    return merged
 
 
 def written_by_template(tokenizer, messages, where, arguments, opens=False):

@@ -32,6 +32,15 @@ SYSTEM_FIELDS = ("system", "system_prompt")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}  # other names are roles already
 TEXT_PARTS = ("text", "input_text", "output_text")
 
+RENDERERS_OWN = (  # arguments that apply_chat_template takes for itself, and that we set
+    "conversation",
+    "messages",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+)
+
 # ----------------------------------------------------------------------------------- unusable rows
 
 
@@ -192,13 +201,23 @@ def columns_of(row):
 def template_columns(where, row):
     """What a row hands to the chat template: its tools, and its chat_template_kwargs.
 
-    Either may be a text of JSON. Raises UnusableRow for other texts.
+    Either may be a text of JSON. Raises UnusableRow for what is no list of tools, no object of
+    arguments, and for arguments that are not the template's.
     """
     tools = row.get("tools")
     if not tools and isinstance(row.get("input"), dict):  # OpenAI's layout
         tools = row["input"].get("tools")
-    arguments = from_json(row.get("chat_template_kwargs"), f"{where}: 'chat_template_kwargs'") or {}
     tools = from_json(tools, f"{where}: 'tools'")
+    if tools and not isinstance(tools, list):
+        raise UnusableRow("no_json", f"{where}: 'tools' has to be a list")
+
+    name = f"{where}: 'chat_template_kwargs'"
+    arguments = from_json(row.get("chat_template_kwargs"), name) or {}
+    if not isinstance(arguments, dict):
+        raise UnusableRow("no_json", f"{name} has to be an object")
+    taken = found_field(arguments, RENDERERS_OWN)
+    if taken:
+        raise UnusableRow("no_json", f"{name} holds '{taken}', which is not the template's")
     if tools:
         arguments["tools"] = tools
     return arguments

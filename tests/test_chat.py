@@ -192,29 +192,10 @@ def test_template_arguments_are_a_json_object_and_a_day():
         chat.template_arguments("{thinking}", "")
     with pytest.raises(InputError, match="--template_kwargs=.*: has to be a JSON object"):
         chat.template_arguments("[1]", "")
+    with pytest.raises(InputError, match="--template_kwargs=.*: 'tokenize' is not the template's"):
+        chat.template_arguments('{"tokenize": true}', "")
     with pytest.raises(InputError, match="--date=3.2.2026: has to be a day"):
         chat.template_arguments("", "3.2.2026")
-
-
-def test_a_rows_own_columns_reach_the_template_over_the_runs():
-    tools = [{"type": "function", "function": {"name": "weather"}}]
-    run = {"enable_thinking": True, "lang": "en"}
-
-    row = {"tools": tools, "chat_template_kwargs": {"enable_thinking": False, "lang": None}}
-    assert chat.row_arguments(row, run) == {
-        "enable_thinking": False,
-        "lang": "en",
-        "tools": tools,
-    }
-
-    # as JSON text, and nulls as data sets fill them in
-    row = {"tools": json.dumps(tools), "chat_template_kwargs": None}
-    assert chat.row_arguments(row, None) == {"tools": tools}
-    assert chat.row_arguments({"tools": []}, run) == run
-    with pytest.raises(InputError, match="here: 'tools' has to be a JSON array"):
-        chat.row_arguments({"tools": {"name": "weather"}}, run, "here")
-    with pytest.raises(InputError, match="here: 'chat_template_kwargs' is not JSON"):
-        chat.row_arguments({"chat_template_kwargs": "no"}, run, "here")
 
 
 # ------------------------------------------------------------------------------------ end tokens

@@ -174,6 +174,41 @@ def test_the_counts_of_shards_add_up(world, tmp_path):
         assert first[key] + second[key] == value
 
 
+def test_rows_without_a_prompt_that_can_be_used_are_dropped_and_counted(tmp_path):
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    build_model(tmp_path / "model", template=refuses + SMOLLM3)
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    rows = [
+        {"prompt": "hi"},
+        {"prompt": system},
+        {"prompt": 3},
+        {"prompt": "hi", "chat_template_kwargs": {"tokenize": True}},
+    ]
+    write_rows(tmp_path / "p.jsonl", rows)
+    settings = {
+        "model": tmp_path / "model",
+        "prompts": tmp_path / "p.jsonl",
+        "engine": "transformers",
+        "dtype": "float32",
+        "max_new_tokens": 2,
+    }
+
+    done = run("generate.py", out=tmp_path / "c.jsonl", **settings)
+
+    assert done.returncode == 0, done.stderr
+    assert "3 rows dropped" in done.stdout
+    counts = read_counts(tmp_path, "c")
+    for key in ("prompts", "refused_by_template", "no_messages", "no_json"):
+        assert counts[key] == 1
+
+    # where none is left, the reasons are in the error
+    write_rows(tmp_path / "p.jsonl", rows[1:])
+    done = run("generate.py", out=tmp_path / "none.jsonl", **settings)
+    assert done.returncode == 1
+    assert "no prompt is left" in done.stderr
+    assert "1 refused_by_template" in done.stderr
+
+
 def test_template_settings_and_a_rows_own_columns_reach_the_prompt(tmp_path):
     names = "{% for tool in tools or () %}{{ tool.name }}{% endfor %}"
     template = names + SMOLLM3

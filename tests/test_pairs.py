@@ -279,6 +279,26 @@ def test_openais_tools_stand_beside_the_messages():
     assert template_columns("here", {"tools": None, "chat_template_kwargs": None}) == {}
 
 
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"tools": {"name": "weather"}}, "here: 'tools' has to be a list"),
+        ({"chat_template_kwargs": "no"}, "here: 'chat_template_kwargs' is a text, and not one"),
+        ({"chat_template_kwargs": [1]}, "here: 'chat_template_kwargs' has to be an object"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "here: .* holds 'tokenize', which is not"),
+    ],
+)
+def test_columns_that_no_template_can_take_make_a_row_unusable(row, message):
+    with pytest.raises(UnusableRow, match=message):
+        template_columns("here", row)
+
+
+def test_nulls_that_tables_fill_in_reach_no_template():
+    row = {"tools": [], "chat_template_kwargs": {"enable_thinking": False, "lang": None}}
+
+    assert template_columns("here", row) == {"enable_thinking": False}
+
+
 def test_ids_of_another_model_end_the_run_and_null_ids_are_none(loaded, tmp_path):
     tokenizer, eos_ids = loaded
     row = {"prompt": "Two?", "chosen": "2", "rejected": "three"}

@@ -6,9 +6,10 @@ A record carries the answer to the first turn in `responses`, those to further t
 
 import functools
 
-from nanoaipo.chat import control_pattern, render, row_arguments
+from nanoaipo.chat import control_pattern, render
 from nanoaipo.engines import context_length
 from nanoaipo.errors import InputError
+from nanoaipo.messages import template_columns
 from nanoaipo.processes import RANK, WORLD_SIZE
 from nanoaipo.prompts import read_prompts
 from nanoaipo.responses import count_and_print, response_record
@@ -89,7 +90,7 @@ def render_and_measure(rows, tokenizer, limit, prompts, max_new_tokens, argument
     longest = 0
     for row in rows:
         where = f"{prompts}: prompt '{row['id']}'"
-        own = row_arguments(row, arguments, where)
+        own = (arguments or {}) | template_columns(where, row)
         row["prompt_ids"] = render(tokenizer, row["prompt"], where, control, arguments=own)
 
         # the last turn is asked after all the others and their answers
@@ -142,7 +143,7 @@ def answer_block(
             requests = []
             for k in asked:
                 where = f"{prompts}: prompt '{rows[k]['id']}'"
-                own = row_arguments(rows[k], arguments, where)
+                own = (arguments or {}) | template_columns(where, rows[k])
                 ids = render(tokenizer, conversations[k], where, control, arguments=own)
                 requests.append((ids, derive_seed(seed, iteration, rows[k]["id"], turn)))
 
