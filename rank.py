@@ -402,6 +402,9 @@ def main():
     if ranker == "annotators":
         models = annotator_models(settings["ranker_model"])
     inputs = ["candidates", "ranker_model", *models]
+    if ranker == "answer":  # reads no model
+        settings["ranker_model"] = ""
+        inputs = ["candidates"]
     manifest = open_stage(out, ".jsonl", settings | models, *inputs)
     if manifest is None:
         return
