@@ -17,11 +17,13 @@ Rates are in percent, intervals of 95 %.
 
 import collections
 import math
+import re
 import time
 
 import numpy as np
 
 from configurator import configure, run_script
+from nanoaipo.chat import template_arguments
 from nanoaipo.errors import InputError
 from nanoaipo.files import write_json
 from nanoaipo.grading import is_right
@@ -179,7 +181,14 @@ def score_answers(prompts, ours, theirs, won):
     right = []
     for prompt, response in zip(prompts, ours):
         if prompt.get("answer") is not None:
-            right.append(is_right(response["text"], prompt["answer"]))
+            try:
+                right.append(is_right(response["text"], prompt["answer"]))
+            except (LookupError, TypeError, re.error) as e:
+                reason = f"{type(e).__name__}: {e}"
+                raise InputError(
+                    f"prompt '{prompt['id']}': its 'answer' is not as nanoaipo/grading.py has it "
+                    f"({reason})"
+                ) from e
 
     scores = {"n": len(judged), "invalid": len(won) - len(judged)}
     measured = {
@@ -250,6 +259,8 @@ def ask_for_judgments(benchmark):
     who = {"model": judge_model}
     if not judge_url:
         who |= {"weights": fingerprint(judge_model), "seed": seed}
+        if template_kwargs or date:
+            who |= {"template_kwargs": template_kwargs, "date": date}
     used = ("bench", "judge_model", "verdict_tokens", "bench_data", "answers", "baseline")
     settings = {key: config[key] for key in used} | {"judge": who}
     inputs = [key for key in ("answers", "baseline") if config[key]]
@@ -271,6 +282,7 @@ def ask_for_judgments(benchmark):
             tensor_parallel=tensor_parallel,
             gpu_memory=gpu_memory,
             generate_rows=generate_rows,
+            arguments=template_arguments(template_kwargs, date),
         )
     parameters = dict(who)
     if verdict_tokens:
