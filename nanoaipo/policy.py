@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import losses
-from nanoaipo import layouts
+from nanoaipo import layouts, weights
 from nanoaipo.errors import InputError
 
 
@@ -82,7 +82,10 @@ def build_policy(
         device = torch.device("cuda", torch.cuda.current_device())
 
     # The architecture, from config.json alone; of a model that also sees or hears, the text part
-    config = AutoConfig.from_pretrained(name).get_text_config()
+    whole = AutoConfig.from_pretrained(name)
+    config = whole.get_text_config()
+    if config is not whole:  # both say whether the head is the embedding, and only files tell
+        config.tie_word_embeddings = not weights.stores_head(name)
     turn_off_dropout(config)
     check_architecture(config, name)
 
