@@ -46,11 +46,12 @@ def model_sizes(name, dtype, lora_rank=0):
     import torch
     from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+    from nanoaipo import layouts
     from nanoaipo.policy import head_width
 
     AttentionInterface.register("saves_nothing", attention_that_saves_nothing)
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name).get_text_config()
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(
                 config, dtype=getattr(torch, dtype), attn_implementation="saves_nothing"
@@ -61,8 +62,7 @@ def model_sizes(name, dtype, lora_rank=0):
             f"that transformers can build ({reason_of(e)})"
         ) from e
     lm.train()
-    config = config.get_text_config()
-    layers = lm.base_model.layers
+    layers = layouts.decoder_layers(lm)
     head = lm.get_output_embeddings()
     linear = [m for m in lm.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     parameters = sum(p.numel() for p in lm.parameters())
