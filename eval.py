@@ -259,8 +259,8 @@ def ask_for_judgments(benchmark):
     who = {"model": judge_model}
     if not judge_url:
         who |= {"weights": fingerprint(judge_model), "seed": seed}
-        if template_kwargs or date:
-            who |= {"template_kwargs": template_kwargs, "date": date}
+        if template_kwargs:  # not the date: replies would depend on the day of the run
+            who["template_kwargs"] = template_kwargs
     used = ("bench", "judge_model", "verdict_tokens", "bench_data", "answers", "baseline")
     settings = {key: config[key] for key in used} | {"judge": who}
     inputs = [key for key in ("answers", "baseline") if config[key]]
