@@ -6,6 +6,7 @@ What it says of a whole run is compared with the run in test_loop.py.
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, build_model, run
+from transformers import AutoModelForCausalLM
 
 import losses
 from configurator import SCRIPTS, declared
@@ -181,14 +183,22 @@ def test_training_takes_the_memory_it_says(given, tmp_path):
 
 
 def test_the_first_loss_is_what_train_prints(tiny_model, tmp_path):
-    # s_ref = 0, and lengths are equal
+    # Two responses that are equally likely: tokens 14 and 15 have one row in the head
+    lm = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        head = lm.get_output_embeddings().weight  # (V, D)
+        head[15] = head[14]
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    lm.save_pretrained(model)
+
+    # So s_ref = 0, and lengths are equal
     pair = {
         "prompt": "p",
         "chosen": "c",
         "rejected": "r",
         "prompt_ids": [9, 10, 11],
         "chosen_ids": [12, 13, 14],
-        "rejected_ids": [12, 13, 14],
+        "rejected_ids": [12, 13, 15],
     }
     (tmp_path / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 4)
     simpo = f"{math.log(1 + math.exp(0.5)):.4f}"
@@ -199,7 +209,7 @@ def test_the_first_loss_is_what_train_prints(tiny_model, tmp_path):
 
         done = run(
             "train.py",
-            model=tiny_model,
+            model=model,
             pairs=tmp_path / "pairs.jsonl",
             out=tmp_path / loss,
             loss=loss,
