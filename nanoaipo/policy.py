@@ -84,10 +84,10 @@ def build_policy(
     # The architecture, from config.json alone; of a model that also sees or hears, the text part
     whole = AutoConfig.from_pretrained(name)
     config = whole.get_text_config()
+    check_architecture(config, name)
     if config is not whole:  # both say whether the head is the embedding, and only files tell
         config.tie_word_embeddings = not weights.stores_head(name)
     turn_off_dropout(config)
-    check_architecture(config, name)
 
     # Packed rows where they are exact, else one sequence a row and the model's own attention
     reason, calls = layouts.dry_run(config)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors.torch import save_file
 from test_packing import prompts_with_responses, random_pairs
 from test_policy import logp_alone
 
@@ -325,6 +326,9 @@ def test_what_is_no_language_model_is_refused(mesh, tmp_path):
 def test_of_a_model_that_also_sees_the_text_part_is_built(mesh, tmp_path):
     text = SMALL | WINDOWED_FIRST | {"head_dim": 8, "attention_dropout": 0.5}
     transformers.Gemma3Config(text_config=text).save_pretrained(tmp_path / "model")
+    # names of weights tell that the head is the embedding
+    names = {"model.language_model.embed_tokens.weight": torch.zeros(1)}
+    save_file(names, tmp_path / "model" / "model.safetensors")
 
     policy = build_policy(
         str(tmp_path / "model"),
@@ -338,5 +342,6 @@ def test_of_a_model_that_also_sees_the_text_part_is_built(mesh, tmp_path):
     )
 
     assert policy.lm.__class__.__name__ == "Gemma3ForCausalLM"
+    assert policy.lm.config.tie_word_embeddings
     assert policy.lm.config.attention_dropout == 0
     assert policy.kernel == "packed_sdpa"

@@ -257,6 +257,11 @@ def check_ranking(recipe, small, iteration_dir):
     assert ranked["settings"]["pair_rule"] == recipe.get("pair_rule", "best_worst")
     assert ranked["counts"]["pairs"] > 0
 
+    # the ranker that compares answers reads no model
+    if recipe.get("ranker") == "answer":
+        assert "ranker_model" not in ranked["inputs"]
+        return
+
     # a model here by its fingerprint, one at an endpoint by its name
     used = ranked["inputs"]["ranker_model"]
     if recipe.get("ranker_model") == "policy":
