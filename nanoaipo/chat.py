@@ -8,11 +8,11 @@ import contextlib
 import datetime
 import hashlib
 import json
-import os
 import re
 
 from nanoaipo.errors import InputError, reason_of
 from nanoaipo.messages import RENDERERS_OWN, found_field
+from nanoaipo.model_folders import check_has_model
 from nanoaipo.thoughts import closes_thought, marks_of, opens_thought, split_thought
 
 
@@ -24,11 +24,7 @@ def load_tokenizer(model, setting="model"):
     """
     from transformers import AutoTokenizer
 
-    if is_adapter(model):
-        raise InputError(
-            f"--{setting}={model}: an adapter without its model; merge them first "
-            "(peft: merge_and_unload, then save_pretrained)"
-        )
+    check_has_model(model, setting)
     try:
         # not mistral_common's, which comes with vllm and has no template
         tokenizer = AutoTokenizer.from_pretrained(model, mistral_format=False)
@@ -52,12 +48,6 @@ def load_tokenizer(model, setting="model"):
             "config.json name none; set eos_token in tokenizer_config.json"
         )
     return tokenizer, eos_ids
-
-
-def is_adapter(folder):
-    """Whether a folder holds a LoRA or other adapter, and not the model that it changes."""
-    has_adapter = os.path.exists(os.path.join(folder, "adapter_config.json"))
-    return has_adapter and not os.path.exists(os.path.join(folder, "config.json"))
 
 
 def configured_eos_ids(model):

@@ -235,7 +235,7 @@ def test_an_adapter_is_to_be_merged_first(tmp_path):
     build_tokenizer(PLAIN, "<|pad|>").save_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
 
-    with pytest.raises(InputError, match="--model=.*an adapter without its model; merge them"):
+    with pytest.raises(InputError, match="--model=.*an adapter and no model; first merge it"):
         chat.load_tokenizer(str(tmp_path))
 
 
