@@ -1,4 +1,4 @@
-"""Is this answer right? Numbers, choices, text.
+"""Is this answer right? Numbers, choices, text, instructions.
 
 `answer` is what a right response has to say. Where a response says it shows by marks: "####",
 "\\boxed{", "answer:" or "answer is".
@@ -15,9 +15,13 @@
     {"accept": [...], "among": regex, "count": k}
                     at least k distinct texts in the response match `among`, and all of them are in
                     `accept`
+    {"follow": [...]}
+                    each of these instructions is followed (nanoaipo/following.py)
 """
 
 import re
+
+from nanoaipo.following import instructions_of, share_followed
 
 MARK = re.compile(r"####|\\boxed\{|\b(?i:answer)\b[*\s]*(?::|is\b)")  # what an answer stands behind
 NUMBER = re.compile(
@@ -44,6 +48,9 @@ def is_right(text, answer):
 
     Raises LookupError, TypeError or re.error for an answer of none of its kinds.
     """
+    instructions = instructions_of(answer)
+    if instructions is not None:
+        return share_followed(text, instructions) == 1
     if isinstance(answer, dict):
         return states_only(text, answer)
     if isinstance(answer, list):
@@ -71,6 +78,17 @@ def is_right(text, answer):
     if CHOICE.fullmatch(choice):
         return stated_answer(CHOICE, text) == choice
     return says(text, answer)
+
+
+def share_right(text, answer):
+    """1 for a right answer and 0 for a wrong one; of instructions, the share that is followed.
+
+    Raises what is_right raises.
+    """
+    instructions = instructions_of(answer)
+    if instructions is not None:
+        return share_followed(text, instructions)
+    return float(is_right(text, answer))
 
 
 def respell(text):
