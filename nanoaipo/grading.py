@@ -8,7 +8,9 @@
                     \\frac{1}{2} are 0.5, 1.5e3 and 1.5 \\times 10^3 are 1500; $ and % say nothing
     several numbers "3, 5", "3 and 5" or "{3, 5}" is what is stated in the same place, in any order;
                     a response without several numbers is searched for the text
-    one capital     the same with choices, the words A and I aside; "(B)" and "B," are B
+    one capital     the same with choices, the words A and I aside; "(B)" and "B," are B. One
+                    behind "because", "since", "not" or "than" is not chosen, and without a mark
+                    one in brackets goes before a bare one
     other text      stands behind the first mark, or anywhere without a mark, as whole words, upper
                     or lower case
     a list          one of its answers is given
@@ -30,6 +32,8 @@ NUMBER = re.compile(
 SEPARATOR = r"\s*(?:,\s*and\b|[,;]|\band\b|\bor\b)\s*(?:[a-z]\s*=\s*)?"  # x = 3 or x = 5
 NUMBERS = re.compile(rf"{NUMBER.pattern}(?:{SEPARATOR}{NUMBER.pattern})+")
 CHOICE = re.compile(r"(?<![\w'])(?:[B-HJ-Z]|[AI](?! [a-z]))(?![\w'])")  # not the words A and I
+BRACKETED = re.compile(rf"(?<=\(){CHOICE.pattern}(?=\))")  # (B)
+NOT_CHOSEN = re.compile(r"\b(?i:because|since|not|than)\s+\(?[A-Z]\b")  # because C is too long
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3})")  # the commas of 1,234,567
 
 # other ways to write what NUMBER finds, and how it finds them
@@ -76,7 +80,7 @@ def is_right(text, answer):
         return states_all(text, answer, numbers)
     choice = answer.strip("(),. ")
     if CHOICE.fullmatch(choice):
-        return stated_answer(CHOICE, text) == choice
+        return stated_choice(text) == choice
     return says(text, answer)
 
 
@@ -135,6 +139,15 @@ def stated_answer(pattern, text):
     if not matches:
         return None
     return matches[-1]
+
+
+def stated_choice(text):
+    """What a response states as its choice, a capital, or None."""
+    text = NOT_CHOSEN.sub("", text)
+    bracketed = BRACKETED.findall(text)
+    if bracketed and MARK.search(text) is None:
+        return bracketed[-1]
+    return stated_answer(CHOICE, text)
 
 
 def says(text, answer):
