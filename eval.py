@@ -10,8 +10,9 @@
 
 win_rate needs no network. It reads candidates files (generate.py --n_responses=1), joins them by id
 and takes the first response to each prompt. Where prompts carry `answer`, accuracy is the truth
-that the judge does not see. For a benchmark it is answers -> judgments -> scores, with files
-between: with a judge_model the judgments are asked for first, a published file is scored as it is.
+that the judge does not see; where it lists instructions, followed is. For a benchmark it is
+answers -> judgments -> scores, with files between: with a judge_model the judgments are asked for
+first, a published file is scored as it is.
 Rates are in percent, intervals of 95 %.
 """
 
@@ -26,7 +27,8 @@ from configurator import configure, run_script
 from nanoaipo.chat import template_arguments
 from nanoaipo.errors import InputError
 from nanoaipo.files import write_json
-from nanoaipo.grading import is_right
+from nanoaipo.following import instructions_of
+from nanoaipo.grading import share_right
 from nanoaipo.prompts import read_candidates
 from nanoaipo.responses import answer_length
 from nanoaipo.stages import fingerprint, manifest_path, open_stage
@@ -67,9 +69,14 @@ config = configure(globals())
 def evaluate_win_rate():
     """Write the scores of `answers` against `baseline` by the eval_ranker, and print them."""
     inputs = ["answers", "baseline"]
-    if eval_ranker != "judge":  # a judge may be no more than a name at an endpoint
+    settings = dict(config)
+    judge = f"{eval_ranker} {eval_ranker_model}"
+    if eval_ranker == "answer":  # reads no model
+        settings["eval_ranker_model"] = ""
+        judge = eval_ranker
+    elif eval_ranker != "judge":  # a judge may be no more than a name at an endpoint
         inputs.append("eval_ranker_model")
-    manifest = open_stage(out, ".json", config, *inputs)
+    manifest = open_stage(out, ".json", settings, *inputs)
     if manifest is None:
         return
 
@@ -77,7 +84,7 @@ def evaluate_win_rate():
     won = judge_answers(prompts, ours, theirs)
     scores = {
         "bench": bench,
-        "judge": f"{eval_ranker} {eval_ranker_model}",
+        "judge": judge,
         "date": time.strftime("%Y-%m-%d"),
         **score_answers(prompts, ours, theirs, won),
     }
@@ -85,9 +92,14 @@ def evaluate_win_rate():
     write_json(out, scores)
 
     text = {key: format_score(value) for key, value in scores.items()}
+    truth = ""
+    if scores["accuracy"] is not None:
+        truth += f"accuracy {text['accuracy']} %, "
+    if scores["followed"] is not None:
+        truth += f"followed {text['followed']} % (in part {text['followed_share']} %), "
     print(
         f"win rate {text['win_rate']} % ({text['win_rate_ci']}), "
-        f"length-controlled {text['lc_win_rate']} %, accuracy {text['accuracy']} %, "
+        f"length-controlled {text['lc_win_rate']} %, {truth}"
         f"{text['length']} {text['length_unit']}, n {text['n']}, by {text['judge']} -> {out}"
     )
     if scores["length"] > LENGTH_ALARM * scores["baseline_length"] > 0:
@@ -178,22 +190,13 @@ def score_answers(prompts, ours, theirs, won):
         lengths = np.array([len(response["text"]) for response in ours])  # (N,)
         baseline_lengths = np.array([len(response["text"]) for response in theirs])  # (N,)
 
-    right = []
-    for prompt, response in zip(prompts, ours):
-        if prompt.get("answer") is not None:
-            try:
-                right.append(is_right(response["text"], prompt["answer"]))
-            except (LookupError, TypeError, re.error) as e:
-                reason = f"{type(e).__name__}: {e}"
-                raise InputError(
-                    f"prompt '{prompt['id']}': its 'answer' is not as nanoaipo/grading.py has it "
-                    f"({reason})"
-                ) from e
-
+    right, shares = grade_answers(prompts, ours)
     scores = {"n": len(judged), "invalid": len(won) - len(judged)}
     measured = {
         "win_rate": 100 * judged,
         "accuracy": [100 * value for value in right],
+        "followed": [100 * (share == 1) for share in shares],
+        "followed_share": [100 * share for share in shares],
         "length": lengths,
         "finished": [100 * response.get("finished", True) for response in ours],
     }
@@ -205,6 +208,33 @@ def score_answers(prompts, ours, theirs, won):
     scores["length_unit"] = unit
     scores["baseline_length"] = float(baseline_lengths.mean())
     return scores | variety([response["text"] for response in ours])
+
+
+def grade_answers(prompts, responses):
+    """What the prompts' own answers say of the responses: two lists of numbers from 0 to 1.
+
+    Whether each is right, and the share of the instructions that it follows where its prompt's
+    `answer` is a list of them. Prompts without `answer` are in neither.
+    """
+    right = []
+    shares = []
+    for prompt, response in zip(prompts, responses):
+        if prompt.get("answer") is None:
+            continue
+        try:
+            has_instructions = instructions_of(prompt["answer"]) is not None
+            share = share_right(response["text"], prompt["answer"])
+        except (LookupError, TypeError, re.error) as e:
+            reason = f"{type(e).__name__}: {e}"
+            raise InputError(
+                f"prompt '{prompt['id']}': its 'answer' is not as nanoaipo/grading.py has it "
+                f"({reason})"
+            ) from e
+        if has_instructions:
+            shares.append(share)
+        else:
+            right.append(share)
+    return right, shares
 
 
 # ---- benchmarks ----

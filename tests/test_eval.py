@@ -206,12 +206,77 @@ def test_a_reward_model_can_evaluate(answers, tmp_path):
 def test_the_right_answer_can_evaluate(answers, tmp_path):
     ours, theirs, our_path, their_path = answers
 
-    scores = rate(tmp_path, our_path, their_path, eval_ranker="answer", eval_ranker_model="-")
+    scores = rate(tmp_path, our_path, their_path, eval_ranker="answer")
 
+    assert scores["judge"] == "answer"
     won = []
     for text, other in zip(ours, theirs):
         won.append((1 + ("dogs" in text.split()) - ("dogs" in other.split())) / 2)
     assert scores["win_rate"] == pytest.approx(100 * statistics.mean(won))
+
+
+def test_instructions_are_counted_beside_right_answers_and_can_evaluate(tmp_path, capsys):
+    short = {"follow": [{"at_most_words": 2}, {"no": ","}]}
+    truths = [short, short, short, "cat", "dog", None]
+    ours = ["one two", "one, two", "one, two, three", "a cat", "a cat", "x"]
+    theirs = ["one, two", "one two", "one, two, three, four", "a dog", "a hen", "y"]
+    our_path = write_answers(tmp_path / "a.jsonl", ours[:5], answer=truths)
+    their_path = write_answers(tmp_path / "b.jsonl", theirs)
+
+    scores = rate(tmp_path, our_path, their_path, eval_ranker="answer")
+
+    assert scores["win_rate"] == pytest.approx(100 * (1 + 0 + 0.5 + 1 + 0.5) / 5)
+    assert scores["accuracy"] == 50
+    assert scores["followed"] == pytest.approx(100 / 3)
+    assert scores["followed_share"] == 50
+    half = 1.96 * statistics.stdev([100, 0, 0]) / 3**0.5
+    assert scores["followed_ci"] == pytest.approx([100 / 3 - half, 100 / 3 + half])
+    printed = capsys.readouterr().out
+    assert "accuracy 50.00 %, followed 33.33 % (in part 50.00 %), " in printed
+    assert "by answer ->" in printed
+
+    # where prompts carry neither, there is neither
+    path = write_answers(tmp_path / "c.jsonl", ["x"])
+    scores = rate(tmp_path, path, path)
+    assert scores["accuracy"] is scores["followed"] is scores["followed_share"] is None
+    printed = capsys.readouterr().out
+    assert "accuracy" not in printed
+    assert "followed" not in printed
+
+
+def test_the_right_answer_evaluates_without_a_model_and_wants_an_answer(tmp_path, answers):
+    _, _, our_path, their_path = answers
+    unanswered = write_answers(tmp_path / "c.jsonl", ["x"])
+    other = write_answers(tmp_path / "d.jsonl", ["y"])
+
+    out, message = evaluate(tmp_path, our_path, their_path, eval_ranker="answer")
+    _, unanswered_message = evaluate(tmp_path, unanswered, other, eval_ranker="answer")
+
+    assert not message
+    manifest = read_json(out.with_suffix(".manifest.json"))
+    assert manifest["settings"]["eval_ranker_model"] == ""
+    assert "eval_ranker_model" not in manifest["inputs"]
+    assert "prompt 'p0' has no 'answer'" in unanswered_message
+
+
+@pytest.mark.parametrize(
+    "answer, reason",
+    [
+        ([], "a list of no answers"),
+        ({"accept": ["cat"]}, "KeyError: 'among'"),
+        ({"accept": ["cat"], "among": "("}, "unterminated subpattern"),
+        ({"follow": [{"at_most_word": 3}]}, "no check 'at_most_word'; there are at_most_words, "),
+        ({"follow": [{"bullets": "3"}]}, "'bullets' takes a whole number above 0, not '3'"),
+    ],
+)
+def test_an_answer_of_no_kind_is_one_line_that_names_the_prompt(tmp_path, answer, reason):
+    path = write_answers(tmp_path / "a.jsonl", ["a cat", "a dog"], answer=["cat", answer])
+
+    message = refusal(tmp_path, path, path)
+
+    assert message.startswith("prompt 'p1': its 'answer' is not as nanoaipo/grading.py has it (")
+    assert reason in message
+    assert "\n" not in message
 
 
 def test_a_judge_at_an_endpoint_can_evaluate(answers, tmp_path):
