@@ -8,12 +8,21 @@ import contextlib
 import datetime
 import hashlib
 import json
+import os
 import re
 
 from nanoaipo.errors import InputError, reason_of
 from nanoaipo.messages import RENDERERS_OWN, found_field
 from nanoaipo.model_folders import check_has_model
-from nanoaipo.thoughts import closes_thought, marks_of, opens_thought, split_thought
+from nanoaipo.thoughts import (
+    begins_thought,
+    closes_thought,
+    marks_at_end,
+    marks_of,
+    opens_thought,
+    split_thought,
+    with_thought,
+)
 
 
 def load_tokenizer(model, setting="model"):
@@ -190,15 +199,20 @@ def unused_name(messages):
     return hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
 
 
-def shield(message, control, name, marks=()):
-    """A message with stand-ins for what spells a control token, `marks` of a thought aside."""
+def shield(message, control, name):
+    """A message with stand-ins for what spells a control token."""
+    return message | {"content": with_stand_ins(message["content"], control, name)}
+
+
+def with_stand_ins(text, control, name, marks=()):
+    """A text with stand-ins for what spells a control token, `marks` of a thought aside."""
 
     def stand_in(match):
         if any(match[0] in mark for mark in marks):
             return match[0]
         return f"{name}{match[0].encode().hex()}."
 
-    return message | {"content": control.sub(stand_in, message["content"])}
+    return control.sub(stand_in, text)
 
 
 def shielded_ids(tokenizer, text, name):
@@ -218,6 +232,10 @@ def shielded_ids(tokenizer, text, name):
 # ----------------------------------------------------------------------- responses given as text
 
 
+# keys of a message under which people and templates have a thought
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
+
+
 class RewrittenError(InputError):
     """A chat template would not write a response as it was given."""
 
@@ -234,37 +252,46 @@ def render_response(
 ):
     """Ids of a response that came as text: what the template writes behind the prompt.
 
-    It ends as the template ends a turn; an end token is added only where the template has none.
+    It ends as the template ends a turn; an end token is added only where the template has none. A
+    thought stands between marks in the content, or in one of THOUGHT_KEYS.
+
     Raises RewrittenError where the template would not write the response so: it rewrites the
     answer, it opens a thought and the response has none, it closes one and the response thinks
-    again, or the response is a thought that does not end. Raises InputError if it refuses the
+    again, or the response is a thought without an answer. Raises InputError if it refuses the
     conversation. Both name `where`.
     """
     name = unused_name(prompt + response)
-    marks = marks_of(response[0]["content"]) or ()
     prompt = [shield(message, control, name) for message in prompt]
-    reply = shield(response[0], control, name, marks)
     before = written_by_template(tokenizer, prompt, where, arguments, opens=True)
-    if marks and closes_thought(before):
+    thought, answer, content = parts_of(response[0], before)
+
+    # what no template can write
+    if thought is not None and not answer.strip():
+        raise RewrittenError(f"{where}: the response is a thought without an answer")
+    if thought and closes_thought(before):
         raise RewrittenError(
             f"{where}: the response thinks, and the template tells the model not to "
             "(--template_kwargs)"
         )
 
-    # a template that drops thoughts, or rewrites earlier turns, still shows how it frames a turn
-    text = written_by_template(tokenizer, [*prompt, reply], where, arguments)
-    _, answer = split_thought(reply["content"])
-    if answer.strip() not in text:
-        raise RewrittenError(f"{where}: this model's chat template rewrites the response")
-    opened = opens_thought(before)
-    written = text.removeprefix(before)
-    if not text.startswith(before) or not holds(written, reply, opened):
+    # the thought in the content, and under its keys
+    marks = marks_of(content) or ()
+    reply = {key: value for key, value in response[0].items() if key not in THOUGHT_KEYS}
+    reply["content"] = with_stand_ins(content, control, name, marks)
+    answer = with_stand_ins(answer, control, name)
+    replies = [reply]
+    if thought is not None:
+        thought = with_stand_ins(thought, control, name)
+        by_key = reply | dict.fromkeys(THOUGHT_KEYS, thought) | {"content": answer}
+        replies.append(by_key)
+    if thought:  # gpt-oss refuses a thought in the content
+        replies.reverse()
+
+    written = written_behind(tokenizer, prompt, before, replies, thought, answer, where, arguments)
+    if written is None:
         written = framed(tokenizer, prompt, reply, name, where, arguments)
-    if written is None or not holds(written, reply, opened):
-        raise RewrittenError(
-            f"{where}: this model's chat template leaves no place for the response "
-            "(a thought without an end, or none where the template opens one)"
-        )
+    if written is None or not holds(written, thought, answer, opens_thought(before)):
+        raise RewrittenError(f"{where}: {why_no_place(before, thought)}")
 
     # read behind the prompt, unless that changes the prompt's own tokens
     ids = shielded_ids(tokenizer, before + written, name)
@@ -279,13 +306,59 @@ def render_response(
     return ids
 
 
-def holds(written, reply, opened):
-    """Whether what stands behind a prompt is a reply's thought, if it has one, and its answer.
+def parts_of(message, before):
+    """(Thought or None, answer, content with both) of a response given as a message.
+
+    before: the rendered prompt. Where it opens a thought, the content has the marks of that one;
+    where it closes one, an empty thought of the response is none.
+    """
+    content = message["content"]
+    thought, answer = split_thought(content)
+    key = found_field(message, THOUGHT_KEYS)
+    if thought is None and key is not None:
+        thought = str(message[key]).strip()
+        content = with_thought(thought, answer)
+
+    if thought == "" and closes_thought(before):
+        return None, answer, answer
+    if thought is None:
+        return None, answer, content
+
+    marks = marks_of(content)
+    opened = marks_at_end(before)
+    if opened and opened != marks:
+        content = with_thought(thought, answer, opened)
+    if not opened and not begins_thought(content):  # of a model whose template opens the thought
+        content = with_thought(thought, answer, marks)
+    return thought, answer, content
+
+
+def written_behind(tokenizer, prompt, before, replies, thought, answer, where, arguments):
+    """What the template writes behind a rendered prompt for the first of the replies that fits.
+
+    None where none does: a template that drops thoughts, or that writes a turn otherwise when it is
+    not the last. Raises RewrittenError if the answer is in none of what it writes.
+    """
+    has_answer = False
+    for reply in replies:
+        text = written_by_template(tokenizer, [*prompt, reply], where, arguments)
+        has_answer = has_answer or answer.strip() in text
+        written = text.removeprefix(before)
+        if text.startswith(before) and holds(written, thought, answer, opens_thought(before)):
+            return written
+    if not has_answer:
+        raise RewrittenError(f"{where}: this model's chat template rewrites the response")
+    return None
+
+
+def holds(written, thought, answer, opened):
+    """Whether what stands behind a prompt is a thought, if there is one, and its answer.
 
     opened: whether the prompt ends inside a thought.
     """
-    thought, answer = split_thought(reply["content"])
     written_thought, written_answer = split_thought(written, opened)
+    if begins_thought(written_answer) or (opened and begins_thought(written)):
+        return False  # a second thought
     same_thought = (written_thought or "") == (thought or "")  # an empty one is none
     return same_thought and answer.strip() in written_answer
 
@@ -298,23 +371,47 @@ def framed(tokenizer, prompt, reply, name, where, arguments):
     conversation = [*prompt[:-1], last]
     opened = written_by_template(tokenizer, conversation, where, arguments, opens=True)
     text = written_by_template(tokenizer, [*conversation, any_reply], where, arguments)
-    _, _, opening = opened.rpartition(name + "p")
+    _, _, opening = opened.rpartition(name + "p")  # <|assistant|>, perhaps with <think>
     _, _, turn = text.rpartition(name + "p")
     head, is_there, ending = turn.partition(name + "r")
     if not is_there:
         return None
 
-    # what the generation prompt has written already is not written again
+    # the generation prompt may have a thought that a turn has not, or that a turn closes at once
+    marks = marks_at_end(opening)
     if head.startswith(opening):
-        return head.removeprefix(opening) + reply["content"] + ending
-    if not opening.startswith(head) or not opens_thought(opening):
+        head = head.removeprefix(opening)
+    elif marks:
+        header, _, _ = opening.rpartition(marks[0])
+        if not head.startswith(header) or head.removeprefix(header).strip() not in ("", marks[1]):
+            return None
+        head = ""
+    else:
         return None
+
+    # a thought of the reply stands in for an empty one of every turn
     content = reply["content"]
-    mark = opening.removeprefix(head)  # such as <think> and a line break
-    if content.lstrip().startswith(mark.strip()):
-        content = content.lstrip().removeprefix(mark.strip())
-        content = content.removeprefix(mark[len(mark.rstrip()) :])
-    return content + ending
+    if begins_thought(content) and closes_thought(head):
+        head, _, _ = head.rpartition(marks_at_end(head)[0])
+
+    # what the generation prompt has written already is not written again
+    if opens_thought(opening) and content.lstrip().startswith(marks[0]):
+        content = content.lstrip().removeprefix(marks[0])
+        space = opening[len(opening.rstrip()) :]
+        content = content[len(os.path.commonprefix([space, content])) :]
+    return head + content + ending
+
+
+def why_no_place(before, thought):
+    """Why a template cannot write a response behind a rendered prompt, and what to do."""
+    if opens_thought(before) and thought is None:
+        begins, ends = marks_at_end(before)
+        return (
+            "this model's chat template opens a thought, and the response has none: begin it with "
+            f"one (an empty one is {begins}\\n\\n{ends}\\n\\n), or let --template_kwargs turn "
+            "thinking off"
+        )
+    return "this model's chat template leaves no place for the response's thought"
 
 
 def end_token(tokenizer, eos_ids):

@@ -69,3 +69,100 @@ OLMO3_THINK = """
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|><think>' }}{%- endif %}
 """.replace("TURN", TURN)
+
+# DeepSeek-V3.1 closes the thought before every answer, and opens one only to generate
+DEEPSEEK_V31 = """
+{%- for message in messages %}
+  {%- if message.role == 'assistant' %}
+    {{- '<|assistant|></think>' + message.content.split('</think>', 1)[-1] + '<|end|>' }}
+  {%- else %}
+    {{- '<|' + message.role + '|>' + message.content }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+  {{- '<|assistant|>' + ('<think>' if thinking else '</think>') }}
+{%- endif %}
+"""
+
+# Gemma 4 writes an empty thought to generate without one, and turns without theirs
+GEMMA4 = """
+{%- for message in messages %}
+  {%- if message.role == 'assistant' %}
+    {{- '<|assistant|>' + message.content.split('<channel|>')[-1] | trim + '<|end|>\\n' }}
+  {%- else %}
+    {{- TURN }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+  {{- '<|assistant|>' }}
+  {%- if not enable_thinking %}{{- '<|channel>thought\\n<channel|>' }}{%- endif %}
+{%- endif %}
+""".replace("TURN", TURN)
+
+# Nemotron Nano 2 opens the thought in the last answer too, whatever that begins with
+NEMOTRON_NANO = """
+{%- for message in messages %}
+  {%- if message.role == 'assistant' %}
+    {{- '<|assistant|><think>\\n\\n' + message.content + '<|end|>' }}
+  {%- else %}
+    {{- TURN }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|><think>\\n\\n' }}{%- endif %}
+""".replace("TURN", TURN)
+
+# Kimi K2 Thinking writes an empty thought before every last answer, and does not open one
+KIMI_K2 = """
+{%- for message in messages %}
+  {%- if message.role == 'assistant' %}
+    {{- '<|assistant|><think></think>' + message.content + '<|end|>' }}
+  {%- else %}
+    {{- TURN }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}
+""".replace("TURN", TURN)
+
+# gpt-oss has a thought under a key of its own, and refuses one in the content
+GPT_OSS = """
+{{- '<|system|>Today is ' + strftime_now('%Y-%m-%d') + '<|end|>' }}
+{%- for message in messages %}
+  {%- if message.role == 'assistant' %}
+    {%- if '<|channel|>' in message.content %}{{- raise_exception('channel tags') }}{%- endif %}
+    {%- if message.thinking %}
+      {{- '<|start|>assistant<|channel|>analysis<|message|>' + message.thinking + '<|end|>' }}
+    {%- endif %}
+    {{- '<|start|>assistant<|channel|>final<|message|>' + message.content + '<|end|>' }}
+  {%- else %}
+    {{- TURN }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}
+""".replace("TURN", TURN)
+
+# EXAONE Deep opens a thought with marks of its own
+EXAONE_DEEP = R1_DISTILL.replace("think>", "thought>")
+
+# Mistral Small 3 tells the day in a system message that stands in for the user's
+MISTRAL_SMALL3 = """
+{%- if messages[0].role != 'system' %}
+  {{- '<|system|>The date is ' + strftime_now('%Y-%m-%d') + '.' }}
+{%- endif %}
+{%- for message in messages %}
+  {%- if message.role == 'assistant' %}
+    {{- message.content + '<|end|>' }}
+  {%- else %}
+    {{- '<|' + message.role + '|>' + message.content }}
+  {%- endif %}
+{%- endfor %}
+"""
+
+# Llama 3.2 takes the day as a variable, else by the clock
+LLAMA32 = """
+{%- if date_string is not defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}
+{{- '<|system|>Today Date: ' + date_string + '<|end|>' }}
+{%- for message in messages %}
+  {{- '<|' + message.role + '|>' + message.content | trim + '<|end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}
+"""

@@ -1,10 +1,25 @@
 """Messages to token ids. What training makes of them: test_train.py."""
 
+import datetime
 import json
 
 import pytest
 from conftest import CHATML, PLAIN, build_model, build_tokenizer
-from templates import OLMO3_THINK, QWEN3, R1_DISTILL, SMOLLM3
+from templates import (
+    DEEPSEEK_V31,
+    EXAONE_DEEP,
+    GEMMA4,
+    GPT_OSS,
+    KIMI_K2,
+    LLAMA32,
+    MISTRAL_SMALL3,
+    NEMOTRON_NANO,
+    OLMO3_THINK,
+    QWEN3,
+    R1_DISTILL,
+    SMOLLM3,
+)
+from transformers.utils import chat_template_utils
 
 from nanoaipo import chat
 from nanoaipo.errors import InputError
@@ -60,15 +75,16 @@ def test_a_model_that_is_not_there_is_named_with_its_setting(tmp_path):
 # ------------------------------------------------------------------------- responses given as text
 
 THOUGHT = "<think>\nso\n</think>\n\nyes"
+EMPTY = "<think>\n\n</think>\n\nyes"
 NO_THINKING = {"enable_thinking": False}
 
 
-def written(template, content, arguments=None, prompt=QUESTION):
+def written(template, content, arguments=None, prompt=QUESTION, **keys):
     """(Text of the prompt, text of the response) as they are trained; None: it is rewritten."""
     tokenizer = build_tokenizer(template, "<|pad|>")
     control = chat.control_pattern(tokenizer)
     prompt_ids = chat.render(tokenizer, prompt, "here", arguments=arguments)
-    response = [{"role": "assistant", "content": content}]
+    response = [{"role": "assistant", "content": content, **keys}]
     eos_ids = {tokenizer.eos_token_id}
     try:
         ids = chat.render_response(
@@ -105,6 +121,25 @@ def written(template, content, arguments=None, prompt=QUESTION):
         (QWEN3, None, "<think>\nso", "", None),
         (SMOLLM3, None, "<think>\nso", "", None),
         (R1_DISTILL, None, "<think>\nso", "<think>\n", None),
+        # the generation prompt closes a thought, or opens one, that a turn has not
+        (GEMMA4, None, "yes", "<|channel>thought\n<channel|>", "yes<|end|>\n"),
+        (GEMMA4, None, THOUGHT, "<|channel>thought\n<channel|>", None),
+        (DEEPSEEK_V31, None, "yes", "</think>", "yes<|end|>"),
+        (DEEPSEEK_V31, {"thinking": True}, THOUGHT, "<think>", "\nso\n</think>\n\nyes<|end|>"),
+        (DEEPSEEK_V31, {"thinking": True}, "yes", "<think>", None),
+        # a turn that opens a thought, or has an empty one, whatever the response begins with
+        (NEMOTRON_NANO, None, THOUGHT, "<think>\n\n", "so\n</think>\n\nyes<|end|>"),
+        (NEMOTRON_NANO, None, "yes", "<think>\n\n", None),
+        (KIMI_K2, None, "yes", "", "<think></think>yes<|end|>"),
+        (KIMI_K2, None, EMPTY, "", "<think></think>yes<|end|>"),
+        (KIMI_K2, None, THOUGHT, "", THOUGHT + "<|end|>"),
+        # other marks than the template's
+        (EXAONE_DEEP, None, THOUGHT, "<thought>\n", "so\n</thought>\n\nyes<|end|>"),
+        (SMOLLM3, None, "so\n</think>\n\nyes", "", THOUGHT + "<|end|>\n"),
+        # an empty thought that the response brings
+        (R1_DISTILL, None, EMPTY, "<think>\n", "\n</think>\n\nyes<|end|>"),
+        (QWEN3, None, EMPTY, "", "<think>\n\n</think>\n\nyes<|end|>\n"),
+        (QWEN3, NO_THINKING, EMPTY, "<think>\n\n</think>\n\n", "yes<|end|>\n"),
     ],
 )
 def test_a_response_is_what_the_template_writes_behind_the_prompt(
@@ -114,6 +149,48 @@ def test_a_response_is_what_the_template_writes_behind_the_prompt(
 
     assert prompt_text.endswith("<|assistant|>" + opening)
     assert response_text == response
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize(
+    "template, opening, response",
+    [
+        (QWEN3, "<|assistant|>", THOUGHT + "<|end|>\n"),
+        (SMOLLM3, "<|assistant|>", THOUGHT + "<|end|>\n"),
+        (R1_DISTILL, "<|assistant|><think>\n", "so\n</think>\n\nyes<|end|>"),
+        (EXAONE_DEEP, "<|assistant|><thought>\n", "so\n</thought>\n\nyes<|end|>"),
+        (GPT_OSS, "<|start|>assistant", "<|channel|>analysis<|message|>so<|end|>"
+         "<|start|>assistant<|channel|>final<|message|>yes<|end|>"),
+    ],
+)  # fmt: skip
+def test_a_thought_under_a_key_of_its_own_is_trained_too(template, opening, response, key):
+    prompt_text, response_text = written(template, "yes", **{key: "so"})
+
+    assert prompt_text.endswith(opening)
+    assert response_text == response
+    assert written(template, THOUGHT)[1] == response
+
+
+def test_a_thought_under_a_key_where_the_template_thinks_not_is_noticed():
+    assert written(QWEN3, "yes", NO_THINKING, reasoning_content="so")[1] is None
+    assert written(DEEPSEEK_V31, "yes", reasoning_content="so")[1] is None
+
+
+def test_a_response_without_the_thought_that_the_template_opens_is_told_what_to_do():
+    tokenizer = build_tokenizer(R1_DISTILL, "<|pad|>")
+    control = chat.control_pattern(tokenizer)
+    response = [{"role": "assistant", "content": "yes"}]
+
+    with pytest.raises(chat.RewrittenError) as refusal:
+        chat.render_response(tokenizer, {1}, control, QUESTION, [], response)
+
+    # and what it says helps
+    message = str(refusal.value)
+    assert "opens a thought, and the response has none" in message
+    assert "--template_kwargs" in message
+    _, _, empty = message.partition("an empty one is ")
+    empty = empty.partition(")")[0].replace("\\n", "\n")
+    assert written(R1_DISTILL, empty + "yes")[1] == "\n</think>\n\nyes<|end|>"
 
 
 @pytest.mark.parametrize("template", [PLAIN, CHATML, QWEN3, SMOLLM3])
@@ -184,6 +261,33 @@ def test_the_templates_date_is_the_runs():
     arguments = chat.template_arguments("", "2026-02-03")
 
     assert "Today is 03 February 2026" in written(SMOLLM3, "yes", arguments)[0]
+
+
+class FakeClock:
+    """The class datetime as a template's strftime_now sees it, on a day of our choice."""
+
+    year = 2026
+
+    def now(self):
+        return datetime.datetime(self.year, 2, 4)
+
+
+@pytest.mark.parametrize("template", [SMOLLM3, GPT_OSS, MISTRAL_SMALL3, LLAMA32])
+def test_a_runs_date_fixes_the_bytes_whatever_the_day(template, monkeypatch):
+    arguments = chat.template_arguments("", "2026-02-03")
+    tokenizer = build_tokenizer(template, "<|pad|>")
+    clock = FakeClock()
+    monkeypatch.setattr(chat_template_utils, "datetime", clock)
+
+    undated = []
+    dated = []
+    for clock.year in (2026, 2027):
+        undated.append(chat.render(tokenizer, QUESTION, "here"))
+        dated.append(chat.render(tokenizer, QUESTION, "here", arguments=arguments))
+
+    assert undated[0] != undated[1]  # the clock is the template's
+    assert dated[0] == dated[1]
+    assert "2026" in tokenizer.decode(dated[0])
 
 
 def test_template_arguments_are_a_json_object_and_a_day():

@@ -26,6 +26,13 @@ GPT_OSS = (
         ("<|channel|>final<|message|>yes", "", "yes"),
         ("<|channel|>analysis<|message|>so", "so", ""),
         ("<|channel>thought\nso<channel|>yes", "so", "yes"),
+        ("◁think▷so◁/think▷yes", "so", "yes"),
+        ("so\n[BEGIN FINAL RESPONSE]\nyes", "so", "yes"),
+        # marks around the answer
+        ("<think>so</think>\n<answer>\nyes\n</answer>", "so", "yes"),
+        ("<think>so</think><response>yes</response>", "so", "yes"),
+        ("<|START_RESPONSE|>yes<|END_RESPONSE|>", None, "yes"),
+        ("<answer>yes</answer>", None, "<answer>yes</answer>"),
         # marks that the answer speaks of
         ("write <think> and </think>", None, "write <think> and </think>"),
         ("<think>so</think>use <think>", "so", "use <think>"),
@@ -39,6 +46,9 @@ def test_a_response_without_marks_is_a_thought_where_the_prompt_has_opened_one()
     assert thoughts.opens_thought("<|assistant|><think>\n")
     assert not thoughts.opens_thought("<|assistant|><think>\n\n</think>\n\n")
     assert thoughts.closes_thought("<|assistant|><think>\n\n</think>\n\n")
+    assert thoughts.opens_thought("<seed:think><seed:cot_budget_reflect>")
+    assert not thoughts.closes_thought("<seed:think><seed:cot_budget_reflect>")
+    assert thoughts.closes_thought("<|assistant|></think>")
     assert thoughts.split_thought("so it goes", opened=True) == ("so it goes", "")
     assert thoughts.split_thought("so</think>yes", opened=True) == ("so", "yes")
 
@@ -71,6 +81,8 @@ def record_of(tokenizer, text, prompt="<|assistant|>", finished=True):
     [
         ("<|assistant|>", "<think>so it is</think>", "\n\nyes<|end|>"),
         ("<|assistant|>", "[THINK]so it is[/THINK]", "yes<|end|>"),
+        ("<|assistant|>", "<think>so it is</think>", "\n<answer>\nyes\n</answer><|end|>"),
+        ("<seed:think><seed:cot_budget_reflect>", "so it is</seed:think>", "yes<|end|>"),
         ("<|assistant|><think>\n", "so it is\n</think>", "yes<|end|>"),
         ("<|assistant|>", "<|channel|>analysis<|message|>so it is<|end|>"
          "<|start|>assistant<|channel|>final<|message|>", "yes<|end|>"),
