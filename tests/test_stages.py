@@ -53,6 +53,23 @@ def test_a_finished_stage_is_skipped_and_one_made_otherwise_is_refused(tmp_path,
         stages.open_stage(out, ".jsonl", settings, "source")
 
 
+@pytest.mark.parametrize("off", ["", 0, False])
+def test_a_setting_that_came_later_and_is_off_is_no_difference(tmp_path, off):
+    out = str(tmp_path / "x.jsonl")
+    manifest = {"settings": {"beta": 0.1}, "inputs": {}}
+    with stages.open_output(out, manifest) as write:
+        write({})
+
+    # off: what was made before it came is as it would be now
+    stages.check_same_run(out, {"settings": {"beta": 0.1, "later": off}, "inputs": {}})
+
+    # on; and off where the manifest does know it
+    with pytest.raises(InputError, match=r"made with another 'later' \(None, now on\)"):
+        stages.check_same_run(out, {"settings": {"beta": 0.1, "later": "on"}, "inputs": {}})
+    with pytest.raises(InputError, match="made with another 'beta'"):
+        stages.check_same_run(out, {"settings": {"beta": off}, "inputs": {}})
+
+
 @pytest.mark.parametrize(
     "out, suffix, message",
     [
