@@ -18,8 +18,9 @@ import shutil
 import statistics
 from types import SimpleNamespace
 
-from nanoaipo.chat import load_tokenizer, render
+from nanoaipo.chat import load_tokenizer, render, template_arguments
 from nanoaipo.errors import InputError, reason_of
+from nanoaipo.messages import Dropped, UnusableRow, template_columns
 from nanoaipo.processes import DTYPES, pick_device
 from nanoaipo.prompts import read_prompts
 
@@ -61,6 +62,7 @@ def model_sizes(name, dtype, lora_rank=0):
             f"--model={name}: no config.json of a folder or hub model "
             f"that transformers can build ({reason_of(e)})"
         ) from e
+    padded, _ = layouts.dry_run(config)
     lm.train()
     layers = layouts.decoder_layers(lm)
     head = lm.get_output_embeddings()
@@ -94,6 +96,7 @@ def model_sizes(name, dtype, lora_rank=0):
         # Of a token: attention saves queries, keys and values (repeated to as many), and outputs
         activation_bytes=saved_bytes(lm) + 4 * b * queries,
         softcap=bool(getattr(config, "final_logit_softcapping", None)),
+        padded=padded,  # why training pads rows, one sequence each; "" where it packs them
     )
 
 
@@ -193,6 +196,7 @@ def prompt_sizes(path, field, at_most, s, assumed):
     """Number of prompts, at most so many (0: all), mean tokens of one, mean bytes of its record.
 
     256 prompts are read closely. A data set of the hub is not fetched, and its sizes are assumed.
+    Rows that hold no prompt and prompts that the template refuses are left out, and said so.
     """
     if ":" in path and not os.path.exists(path):
         number = 20_000
@@ -202,18 +206,19 @@ def prompt_sizes(path, field, at_most, s, assumed):
             f"{path} is not fetched: 20,000 prompts of {tokens:.0f} tokens and 5,000 bytes"
         )
     else:
-        tokenizer, _ = load_tokenizer(s.model)
-        rows = read_prompts(path, field)
+        dropped = Dropped()
+        rows = read_prompts(path, field, dropped)
         sample = random.Random(0).sample(rows, min(256, len(rows)))
-        fitting = []  # tokens of those that generate.py does not drop
-        for row in sample:
-            length = len(render(tokenizer, row["prompt"], f"{path}: prompt '{row['id']}'"))
-            if length <= s.max_prompt_tokens:
-                fitting.append(length)
+        fitting = fitting_lengths(path, sample, s, dropped)
+        if dropped.counts:
+            assumed.append(f"{path}: {dropped}")
         if not fitting:
+            unusable = ""
+            if dropped.counts:
+                unusable = f" ({dropped.reasons()})"
             raise InputError(
                 f"{path}: of {len(sample)} prompts none is within "
-                f"--max_prompt_tokens={s.max_prompt_tokens}"
+                f"--max_prompt_tokens={s.max_prompt_tokens}{unusable}"
             )
         number = len(rows)
         tokens = statistics.fmean(fitting)
@@ -222,13 +227,36 @@ def prompt_sizes(path, field, at_most, s, assumed):
     return SimpleNamespace(number=number, tokens=tokens, record_bytes=record_bytes)
 
 
-def training_sizes(s, prompts):
+def fitting_lengths(path, sample, s, dropped):
+    """Tokens of those of these prompts that generate.py takes; `dropped` gets the unusable ones."""
+    tokenizer, _ = load_tokenizer(s.model)
+    arguments = template_arguments(s.template_kwargs, s.date)
+    fitting = []
+    for row in sample:
+        where = f"{path}: prompt '{row['id']}'"
+        try:
+            own = arguments | template_columns(where, row)
+            length = len(render(tokenizer, row["prompt"], where, arguments=own))
+        except UnusableRow as e:
+            dropped.add(e.reason, e)
+            continue
+        except InputError as e:
+            dropped.add("refused_by_template", e)
+            continue
+        if length <= s.max_prompt_tokens:
+            fitting.append(length)
+    return fitting
+
+
+def training_sizes(m, s, prompts):
     """Of train.py in one iteration: its steps and tokens, and a micro-batch's tokens."""
     steps = s.epochs * math.ceil(prompts.number / s.batch_size)
     if s.max_steps:
         steps = min(s.max_steps, steps)
     pairs = min(s.epochs * prompts.number, steps * s.batch_size)
     pair_tokens = prompts.tokens + 2 * s.response_tokens
+    if m.padded:  # each response has a prompt of its own
+        pair_tokens += prompts.tokens
 
     # A process divides its tokens of a step into as few micro-batches as hold them
     step_tokens = min(s.batch_size, prompts.number) / s.processes * pair_tokens
@@ -441,7 +469,12 @@ def report(s, machine, baseline):
     s = resolve(s)
     m = model_sizes(s.model, s.dtype, s.lora_rank)
     prompts, heldout = read_sizes(s, assumed)
-    training = training_sizes(s, prompts)
+    training = training_sizes(m, s, prompts)
+    if m.padded:
+        assumed.append(
+            f"training pads rows, one sequence each ({m.padded}): all of them of mean length, "
+            "and what the model's own attention keeps is as packed attention's"
+        )
     devices = "CPU," if machine.on_cpu else f"{machine.gpus} GPUs of"
     lines = [
         f"{s.model}: {m.parameters / 1e6:,.2f}M parameters, {m.trained / 1e6:,.2f}M to train",

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, build_model, run
+from conftest import PLAIN, ROOT, build_model, run
 from transformers import AutoModelForCausalLM
 
 import losses
@@ -356,6 +356,45 @@ def test_it_prints_the_plan_and_writes_nothing(folder):
         assert f"\n{stage} " in text
     assert "\ntraining time: " in text
     assert sorted(folder.rglob("*")) == before
+
+
+def test_prompts_are_measured_as_the_runs_template_writes_them(tmp_path):
+    template = PLAIN.replace("{{ bos_token }}", "{{ strftime_now('%A') }}{{ 'x' * extra }}")
+    template = (
+        "{% if messages[0].content == 'no' %}{{ raise_exception('no') }}{% endif %}" + template
+    )
+    model = build_model(tmp_path / "model", template=template)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "yes"}\n{"prompt": "no"}\n{"none": 1}\n')
+    assumed = []
+
+    def tokens(date, extra):
+        kwargs = json.dumps({"extra": extra})
+        s = settings(model=str(model), template_kwargs=kwargs, date=date)
+        return estimate.prompt_sizes(str(path), "prompt", 0, s, assumed).tokens
+
+    # the first is a Monday, the second a Wednesday; <|user|>yes<|end|><|assistant|> are six tokens
+    assert tokens("2026-11-23", 0) == 6 + len("Monday")
+    assert tokens("2026-11-25", 100) == 106 + len("Wednesday")
+    assert "2 rows dropped: 1 no_messages (" in assumed[0]
+    assert "1 refused_by_template (" in assumed[0]
+
+
+def test_where_rows_are_padded_every_response_has_a_prompt_of_its_own(tmp_path, tiny_model):
+    layers = ["conv", "full_attention"]
+    padded = build_model(tmp_path / "model", "Lfm2", layer_types=layers, block_ff_dim=64)
+    prompts = SimpleNamespace(number=8, tokens=300.0)
+    s = settings(response_tokens=50.0, batch_size=8, tokens_per_microbatch=10_000)
+
+    tokens = []
+    for model in tiny_model, padded:
+        m = estimate.model_sizes(str(model), "float32")
+        assert bool(m.padded) == (model == padded)
+        training = estimate.training_sizes(m, s, prompts)
+        assert training.tokens == training.row_tokens
+        tokens.append(training.tokens)
+
+    assert tokens == [8 * (300 + 2 * 50), 8 * 2 * (300 + 50)]
 
 
 def test_it_refuses_what_does_not_fit(folder):
