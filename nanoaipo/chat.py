@@ -47,6 +47,12 @@ def load_tokenizer(model, setting="model"):
             f"--{setting}={model}: its tokenizer has no chat template; "
             "take the instruction-tuned model"
         )
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        names = ", ".join(sorted(tokenizer.chat_template))
+        raise InputError(
+            f"--{setting}={model}: none of its tokenizer's chat templates ({names}) is named "
+            "default; name one so in tokenizer_config.json"
+        )
 
     eos_ids = configured_eos_ids(model)
     if tokenizer.eos_token_id is not None:

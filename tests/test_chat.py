@@ -335,6 +335,23 @@ def test_a_model_without_any_end_token_is_refused(tmp_path):
         chat.load_tokenizer(str(tmp_path))
 
 
+def test_of_named_templates_the_default_is_taken(tmp_path):
+    build_model(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    named = [{"name": "default", "template": PLAIN}, {"name": "rag", "template": "other"}]
+    change_json(tmp_path / "tokenizer_config.json", chat_template=named)
+    tokenizer, _ = chat.load_tokenizer(str(tmp_path))
+
+    text = tokenizer.decode(chat.render(tokenizer, QUESTION, "here"))
+    assert text == "<s><|user|>is it?<|end|><|assistant|>"
+
+    # none of them is
+    named[0]["name"] = "chat"
+    change_json(tmp_path / "tokenizer_config.json", chat_template=named)
+    with pytest.raises(InputError, match=r"chat templates \(chat, rag\) is named default; name"):
+        chat.load_tokenizer(str(tmp_path))
+
+
 def test_an_adapter_is_to_be_merged_first(tmp_path):
     build_tokenizer(PLAIN, "<|pad|>").save_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
