@@ -455,6 +455,27 @@ def read_sizes(s, assumed):
     return prompts, heldout
 
 
+def stage_line(stage, machine, baseline):
+    """(A stage's line of the table, why it cannot run there or None); stage: of estimate_stages."""
+    name, runs, processes, tokens, memory, fix = stage
+
+    # Processes share the memory of a computer, and have a GPU each
+    if machine.on_cpu:
+        need = memory + baseline
+        room = machine.memory / processes
+    else:
+        need = memory + CUDA_CONTEXT
+        room = machine.memory
+    line = f"{name:<13}{runs:>5}{round(tokens):>16,}{need / GIB:>15.2f}{room / GIB:>9.1f}"
+    if need <= room:
+        return line, None
+    refusal = (
+        f"{name}: needs {need / GIB:.1f} GiB in each of {processes} processes, "
+        f"there are {room / GIB:.1f}; {fix}"
+    )
+    return line, refusal
+
+
 def report(s, machine, baseline):
     """(Lines to print, reasons why the run cannot go) for these settings on this machine.
 
@@ -484,23 +505,11 @@ def report(s, machine, baseline):
     ]
     refusals = []
 
-    # Memory of each stage: its processes share that of a computer, and have a GPU each
     for stage in estimate_stages(m, s, machine, prompts, heldout, training):
-        name, runs, processes, tokens, memory, fix = stage
-        if machine.on_cpu:
-            need = memory + baseline
-            room = machine.memory / processes
-        else:
-            need = memory + CUDA_CONTEXT
-            room = machine.memory
-        lines.append(
-            f"{name:<13}{runs:>5}{round(tokens):>16,}{need / GIB:>15.2f}{room / GIB:>9.1f}"
-        )
-        if need > room:
-            refusals.append(
-                f"{name}: needs {need / GIB:.1f} GiB in each of {processes} processes, "
-                f"there are {room / GIB:.1f}; {fix}"
-            )
+        line, refusal = stage_line(stage, machine, baseline)
+        lines.append(line)
+        if refusal:
+            refusals.append(refusal)
     if not machine.on_cpu:
         refusals += gpu_refusals(m, s, machine)
 
