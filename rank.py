@@ -214,14 +214,21 @@ def pair_record(row, chosen, rejected, has_ids):
     """The fields of the prompt and of two of its responses: ids of all three, or of none.
 
     Ids hold the thought too; the messages are answers, behind their thoughts where no ids are.
+    With ids comes the log-prob that the engine sampled them with, which train.py checks.
     """
     pair = dict(row)
     if not has_ids:
         pair.pop("prompt_ids", None)
     for side, response in (("chosen", chosen), ("rejected", rejected)):
+        # a pair that is ranked again may turn around: what its sides had is not theirs any more
+        pair.pop(side + "_logp", None)
+        pair.pop(side + "_thought_tokens", None)
+
         content = response["text"]
         if has_ids:
             pair[side + "_ids"] = response["ids"]
+            if response.get("logp") is not None:
+                pair[side + "_logp"] = response["logp"]
             if "thought_tokens" in response:
                 pair[side + "_thought_tokens"] = response["thought_tokens"]
         elif response.get("thought"):

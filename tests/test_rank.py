@@ -732,3 +732,38 @@ def test_a_pair_of_texts_keeps_its_thoughts_for_training():
     assert pair["chosen"][0]["content"] == "<think>\na long one\n</think>\n\nshort"
     assert pair["rejected"][0]["content"] == "the longest answer of all"
     assert rank.summary([pair])["chosen"] == len("short")
+
+
+# ---------------------------------------------------------------------------------------- log-probs
+
+
+def test_a_pair_with_ids_has_the_log_probs_that_its_responses_were_sampled_with():
+    row = {"id": "a", "prompt_ids": [1]}
+    chosen = {"text": "yes", "ids": [2, 3], "logp": -1.5}
+    rejected = {"text": "no", "ids": [4], "logp": -0.5}
+
+    pair = rank.pair_record(row, chosen, rejected, has_ids=True)
+    text_pair = rank.pair_record(row, chosen, rejected, has_ids=False)
+
+    assert pair["chosen_logp"] == -1.5
+    assert pair["rejected_logp"] == -0.5
+    assert "chosen_logp" not in text_pair
+
+
+def test_a_pair_ranked_again_keeps_nothing_that_the_other_side_had():
+    row = {
+        "id": "a",
+        "prompt_ids": [1],
+        "chosen_logp": -9.0,
+        "rejected_logp": -8.0,
+        "chosen_thought_tokens": 7,
+    }
+    chosen = {"text": "yes", "ids": [2, 3]}
+    rejected = {"text": "no", "ids": [4], "logp": -0.5, "thought_tokens": 1}
+
+    pair = rank.pair_record(row, chosen, rejected, has_ids=True)
+
+    assert pair["rejected_logp"] == -0.5
+    assert pair["rejected_thought_tokens"] == 1
+    assert "chosen_logp" not in pair
+    assert "chosen_thought_tokens" not in pair
