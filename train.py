@@ -311,7 +311,7 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
 
     import losses
     from nanoaipo.checkpoints import load_newest_checkpoint, save_checkpoint
-    from nanoaipo.packing import pack
+    from nanoaipo.packing import pack, tokens_of_pairs
     from nanoaipo.policy import build_policy, flops, matmul_rate
     from nanoaipo.weights import load_weights, save_policy
 
@@ -379,17 +379,9 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
         return losses.margins(logp_w, logp_l, **of_pairs)
 
     # ---- the plan
-    n_tokens = [
-        len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in records
-    ]
-    if policy.kernel == "padded":
-        row_sizes = [
-            2 * (len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])))
-            for r in records
-        ]
-        steps = plan_steps(row_sizes, padded=True)
-    else:
-        steps = plan_steps(n_tokens, padded=False)
+    n_tokens = tokens_of_pairs(records)
+    is_padded = policy.kernel == "padded"
+    steps = plan_steps(tokens_of_pairs(records, is_padded), is_padded)
 
     # ---- reference log-probs, (pairs, 2): one epoch has every pair that will be trained on
     output_dir = final_dir + ".tmp"

@@ -105,6 +105,23 @@ def deal(lengths, longest_first, n_groups):
     return [sorted(groups[g]) for g in fullest_first], max(n_tokens)
 
 
+def tokens_of_pairs(pairs, padded=False):
+    """For each pair the tokens to compute: `lengths` of `plan`.
+
+    The prompt counts once, or for padded rows as `pad` makes them twice, with the longer response.
+    """
+    n_tokens = []
+    for pair in pairs:
+        prompt = len(pair["prompt_ids"])
+        chosen = len(pair["chosen_ids"])
+        rejected = len(pair["rejected_ids"])
+        if padded:
+            n_tokens.append(2 * (prompt + max(chosen, rejected)))
+        else:
+            n_tokens.append(prompt + chosen + rejected)
+    return n_tokens
+
+
 # ---- a micro-batch as one row, or as padded rows ----
 
 
