@@ -85,6 +85,7 @@ lora_rank = 0                   # above 0: train LoRA adapters on all linear lay
 lora_alpha = 16.0               # the adapter counts lora_alpha / lora_rank
 checkpoint_every = 50           # steps between checkpoints, each 12 bytes a parameter; 0: none
 keep_checkpoints = 2            # how many stay; what ended the run may have broken the newest
+sampler_tolerance = 0.05        # nats per token between policy and sampler that end the run; 0: off
 reference_cache = ""            # file of reference log-probs, made or reused; empty: in out
 wandb = False                   # log to Weights & Biases too, where that package is installed
 # fmt: on
@@ -111,6 +112,8 @@ def check_settings():
     ):
         if config[key] <= 0:
             raise InputError(f"--{key}={config[key]}: has to be above 0")
+    if sampler_tolerance < 0:
+        raise InputError(f"--sampler_tolerance={sampler_tolerance}: at least 0, which is off")
     if not re.fullmatch(r"0?\.\d+,0?\.\d+", betas):
         raise InputError(f"--betas={betas}: has to be two numbers below 1, such as 0.9,0.999")
     if shard_size and WORLD_SIZE % shard_size:
@@ -281,6 +284,60 @@ def first_loss(symbols, reference, micro_batches):
     return expected
 
 
+def compare_with_sampler(records, reference, micro_batches):
+    """{name: nats per token}: how the policy's log-probs differ from those of the sampler.
+
+    reference: (pairs, 2) log-probs under the policy as it starts, of the pairs in micro_batches.
+    The pairs' chosen_logp and rejected_logp are what the engine sampled the responses with; {} if
+    there are none. Raises InputError if the mean absolute difference is above sampler_tolerance.
+    """
+    differences = []
+    for micro_batch in micro_batches:
+        for pair_ids in micro_batch:
+            for i, logps in zip(pair_ids, reference[pair_ids].tolist()):
+                differences += differences_of_pair(records[i], *logps)
+    if not differences:
+        return {}
+
+    sizes = [abs(difference) for difference in differences]
+    compared = {
+        "sampler_diff": sum(differences) / len(sizes),
+        "sampler_abs_diff": sum(sizes) / len(sizes),
+        "sampler_max_diff": max(sizes),
+    }
+    print0(
+        f"policy against sampler: mean {compared['sampler_diff']:+.4f}, "
+        f"mean absolute {compared['sampler_abs_diff']:.4f}, "
+        f"largest {compared['sampler_max_diff']:.4f} nats per token, of {len(sizes)} responses"
+    )
+    if sampler_tolerance and not compared["sampler_abs_diff"] <= sampler_tolerance:  # nan, too
+        raise InputError(
+            f"--pairs={pairs}: --model={model} gives their responses log-probs that differ from "
+            f"those they were sampled with by {compared['sampler_abs_diff']:.3f} nats per token, "
+            f"above --sampler_tolerance={sampler_tolerance}: they are another model's, or engine "
+            "and train.py compute differently (template, mask, window, soft-cap, scale, rope, "
+            "adapter, weights); 0 trains on them all the same"
+        )
+    return compared
+
+
+def differences_of_pair(record, logp_w, logp_l):
+    """For each response that came with a log-prob, policy's minus sampler's, per token in nats."""
+    len_w = len(record["chosen_ids"])
+    len_l = len(record["rejected_ids"])
+    sides = (
+        (logp_w, record.get("chosen_logp"), len_w),
+        (logp_l, record.get("rejected_logp"), len_l),
+    )
+    differences = []
+    for logp, sampler_logp, n_tokens in sides:
+        # ld_alpha weighs the tokens past the shorter response: only that one's sum is plain
+        is_plain = ld_alpha == 1 or n_tokens <= min(len_w, len_l)
+        if sampler_logp is not None and is_plain:
+            differences.append((logp - sampler_logp) / n_tokens)
+    return differences
+
+
 # ---------------------------------------------------------------------------- the run
 
 
@@ -404,7 +461,9 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
         f"reference log-probs {source}"
     )
 
+    # ---- checks before the first step, where policy = reference
     expected = first_loss(symbols, reference, steps[0])
+    compared = compare_with_sampler(records, reference, first_epoch)
 
     # ---- checkpoints and logs (nothing in training is random, so there is no other state)
     start = load_newest_checkpoint(output_dir, trained, optimizer)
@@ -461,7 +520,7 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
         for group in optimizer.param_groups:
             group["lr"] = step_lr
         grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip).full_tensor().item()
-        record = {"step": step, "lr": step_lr, **means, "grad_norm": grad_norm}
+        record = {"step": step, "lr": step_lr, **means, "grad_norm": grad_norm, **compared}
         check_step(record, expected)
         optimizer.step()
         optimizer.zero_grad()

@@ -157,6 +157,7 @@ def start_vllm(model, max_tokens, *, dtype, seed, tensor_parallel, gpu_memory):
         dtype=dtype,
         seed=seed,
         max_model_len=max_tokens,
+        logprobs_mode="raw_logprobs",  # before temperature, top_k and top_p, as train.py has them
         enable_prefix_caching=True,
         tensor_parallel_size=tensor_parallel,
         **memory,

@@ -31,6 +31,7 @@ FREE = {
     "checkpoint_every",
     "keep_checkpoints",
     "reference_cache",
+    "sampler_tolerance",
     "wandb",
     "judge_url",
     "judge_concurrency",

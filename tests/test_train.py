@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -13,13 +14,15 @@ from array import array
 import pytest
 import torch
 from conftest import CHATML, PLAIN, ROOT, build_model, run, torchrun, write_pairs
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import rank
 from nanoaipo import chat, packing, stages
 from nanoaipo.errors import InputError
 from nanoaipo.packing import pack
 from nanoaipo.pairs import read_pairs
+from nanoaipo.transformers_engine import TransformersEngine
 
 FLOAT32 = {"dtype": "float32", "recompute": False, "shuffle": False}
 DPO = {"loss": "dpo", **FLOAT32}
@@ -1021,6 +1024,161 @@ def test_reference_log_probs_of_another_dtype_or_of_other_pairs_are_computed_aga
         assert message in done.stdout
         assert "reference log-probs in " in done.stdout
         assert cache.read_bytes() != before
+
+
+# ---------------------------------------------------------------------------- policy and sampler
+
+WINDOWED = {
+    "final_logit_softcapping": 5.0,
+    "attn_logit_softcapping": 0.5,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 16,
+    "tie_word_embeddings": True,
+}
+LINE = re.compile(
+    r"policy against sampler: mean ([-+.\d]+), mean absolute ([.\d]+), largest ([.\d]+) "
+    r"nats per token, of (\d+) responses"
+)
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    """(model, pairs) of a Gemma-2 with soft-caps and a window, its pairs sampled by an engine."""
+    folder = tmp_path_factory.mktemp("sampled")
+    model = build_model(folder / "model", "Gemma2", **WINDOWED)
+    engine = TransformersEngine(model, {1}, dtype="float32", generate_rows=64)
+    rng = random.Random(0)
+    requests = []
+    for seed in range(12):
+        prompt_ids = [0, 3, *rng.choices(range(6, 262), k=rng.randint(4, 30)), 1, 4]
+        requests.append((prompt_ids, seed))
+
+    # what is compared is the distribution before these three
+    sampling = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "max_new_tokens": 40}
+    results = engine.sample(requests, n_responses=2, **sampling)
+
+    records = []
+    for (prompt_ids, _), responses in zip(requests, results):
+        row = {"id": str(len(records)), "prompt_ids": prompt_ids}
+        candidates = [{"text": "", "ids": ids, "logp": logp} for ids, _, logp in responses]
+        records.append(rank.pair_record(row, *candidates, has_ids=True))
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return model, path
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"wpo": True, "tokens_per_microbatch": 100},
+        {"ld_alpha": 0.5},
+        {"processes": 2, "batch_size": 5},
+        {"lora_rank": 4, "epochs": 2},
+    ],
+    ids=["wpo", "ld-dpo", "two-processes", "lora"],
+)
+def test_policy_and_sampler_agree_and_every_record_says_so(settings, sampled, tmp_path):
+    model, pairs = sampled
+
+    logged, _ = train(tmp_path / "out", **{"model": model, "pairs": pairs, **settings})
+
+    for record in logged:
+        assert abs(record["sampler_diff"]) <= record["sampler_abs_diff"]
+        assert record["sampler_abs_diff"] <= record["sampler_max_diff"] < 1e-5
+
+
+def test_only_pairs_with_a_reference_and_a_sampled_log_prob_are_compared(sampled, tmp_path):
+    model, pairs = sampled
+    records = read_lines(pairs)
+    for record in records[3:]:
+        del record["chosen_logp"]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    settings = {"model": model, "pairs": path, **DPO, "batch_size": 4, "max_steps": 1}
+    cache = tmp_path / "reference.logps"
+
+    computed = start(tmp_path / "computed", **settings, reference_cache=cache)
+    cached = start(tmp_path / "cached", **settings, reference_cache=cache)
+
+    assert computed.returncode == 0, computed.stdout + computed.stderr
+    assert f"reference log-probs from {cache}" in cached.stdout
+    assert LINE.search(computed.stdout)[4] == "7"
+    assert LINE.search(computed.stdout)[0] == LINE.search(cached.stdout)[0]
+
+
+def test_pairs_without_sampled_log_probs_are_compared_with_nothing(plain_run):
+    for record in plain_run[2]:
+        assert not any(name.startswith("sampler") for name in record)
+
+
+def changed_config(model, folder, **config):
+    """A copy of a model with other settings in its config.json."""
+    shutil.copytree(model, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"final_logit_softcapping": 50.0},
+        {"attn_logit_softcapping": None},
+        {"sliding_window": 512},
+    ],
+    ids=["logit-cap", "attention-cap", "window"],
+)
+def test_a_policy_that_computes_otherwise_than_its_sampler_is_refused(config, sampled, tmp_path):
+    model, pairs = sampled
+    wrong = changed_config(model, tmp_path / "wrong", **config)
+
+    message = refused(tmp_path / "out", model=wrong, pairs=pairs, **DPO)
+
+    for setting in (f"--pairs={pairs}", f"--model={wrong}", "--sampler_tolerance=0.05"):
+        assert setting in message
+
+
+def add_adapter(weights):
+    """Add to every linear layer what a LoRA adapter adds, a fifth as large as the layer."""
+    torch.manual_seed(0)
+    for name, weight in weights.items():
+        if name.endswith("_proj.weight"):
+            product = torch.randn(len(weight), 4) @ torch.randn(4, weight.shape[1])
+            weight += 0.2 * product * weight.norm() / product.norm()
+
+
+def scale_logits(weights):
+    """Make the logits, before their soft-cap, half as large again."""
+    weights["model.norm.weight"] += 0.5  # Gemma's norms count their weight and 1
+
+
+@pytest.mark.parametrize("change", [add_adapter, scale_logits])
+def test_a_policy_with_other_weights_than_its_sampler_is_refused(change, sampled, tmp_path):
+    model, pairs = sampled
+    wrong = changed_config(model, tmp_path / "wrong")
+    weights = load_file(wrong / "model.safetensors")
+    change(weights)
+    save_file(weights, wrong / "model.safetensors", {"format": "pt"})
+
+    message = refused(tmp_path / "out", model=wrong, pairs=pairs, **DPO)
+
+    assert f"--model={wrong}" in message
+    assert "above --sampler_tolerance" in message
+
+
+def test_a_prompt_of_another_template_is_refused_unless_the_tolerance_is_off(sampled, tmp_path):
+    model, pairs = sampled
+    records = read_lines(pairs)
+    for record in records:
+        del record["prompt_ids"][-1]  # the token that opens the answer
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    settings = {"model": model, "pairs": path, **DPO}
+
+    assert "template" in refused(tmp_path / "refused", **settings)
+    (record,), _ = train(tmp_path / "out", **settings, sampler_tolerance=0)
+
+    assert record["sampler_abs_diff"] > 0.05
 
 
 def test_a_run_of_a_single_step_trains_and_its_folder_holds_no_weights_but_the_models(

@@ -81,6 +81,32 @@ def test_greedy_answers_of_two_turns_equal_those_of_transformers(world, tmp_path
     assert vllm_file.read_bytes() == transformers_file.read_bytes()
 
 
+def test_the_log_probs_it_samples_with_are_those_of_the_trainer_and_of_no_later_policy(
+    world, tmp_path
+):
+    base = "tiny/world/base"
+    sampled = tmp_path / "candidates.jsonl"
+    pairs = tmp_path / "pairs.jsonl"
+    first = tmp_path / "first"
+    recipe = "config/tiny.py"
+
+    # what is compared is the distribution before temperature, top_k and top_p
+    sampling = ("--temperature=1.5", "--top_k=50", "--top_p=0.95", "--n_prompts=64")
+    done = run("generate.py", recipe, *sampling, f"--out={sampled}", "--engine=vllm")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert run("rank.py", recipe, candidates=sampled, out=pairs).returncode == 0
+    done = run("train.py", recipe, model=base, pairs=pairs, out=first, batch_size=8, lr=2e-3)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for record in read_rows(first / "metrics.jsonl"):
+        assert record["sampler_max_diff"] < 1e-4
+
+    # the next iteration, were it to train on these pairs again
+    done = run("train.py", recipe, model=first, pairs=pairs, out=tmp_path / "second")
+    assert done.returncode == 1
+    assert f"--model={first}" in done.stderr
+    assert "--sampler_tolerance=0.05" in done.stderr
+
+
 # --------------------------------------------------------------------------------------- the loop
 
 
