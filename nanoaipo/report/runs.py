@@ -48,6 +48,7 @@ TRAINED = {
     "logp_chosen": ("logp chosen", "+.2f"),
     "len_chosen": ("len chosen", ".1f"),
     "len_rejected": ("len rejected", ".1f"),
+    "sampler_abs_diff": ("off sampler", ".4f"),
 }
 FIELDS = PERFORMANCE | LENGTH | TEXT | TRAINED
 
