@@ -10,6 +10,7 @@ from nanoaipo.messages import (
     PROMPT_FIELDS,
     REJECTED_FIELDS,
     UnusableRow,
+    as_messages,
     found_field,
     pair_messages,
     prompt_messages,
@@ -84,7 +85,23 @@ def asked_messages(where, row, field):
         raise UnusableRow(
             "no_prompt", f"{where}: '{field}' holds no prompt before the assistant's message"
         )
-    return with_system(row, messages)
+    return with_system_of_chosen(where, row, with_system(row, messages))
+
+
+def with_system_of_chosen(where, row, messages):
+    """A prompt behind the system message that only the row's chosen conversation begins with."""
+    field = found_field(row, CHOSEN_FIELDS)
+    if field is None or not isinstance(row[field], list) or len(row[field]) < 2:
+        return messages
+    try:
+        system, first, *_ = as_messages(row[field], f"{where}: '{field}'")
+    except UnusableRow:  # what is chosen is not asked
+        return messages
+    if system["role"] != "system" or messages[0]["role"] == "system":
+        return messages
+    if first["content"].strip() != messages[0]["content"].strip():
+        return messages
+    return [system] + messages
 
 
 # ------------------------------------------------------------------------------------- candidates
@@ -98,8 +115,11 @@ def read_candidates(path, dropped=None):
     apart, as `thought`. A row without an id is told apart by its number.
 
     dropped: a messages.Dropped, which gets the rows whose messages cannot be used; without it the
-    first of them is an error. Raises InputError for a row that is neither candidates nor a pair.
+    first of them is an error. Raises InputError for a row that is neither candidates nor a pair,
+    and for a row's own id that is another row's number.
     """
+    own_ids = set()
+    numbers = set()  # of rows without an id
     for n, (where, row) in enumerate(read_records(path)):
         try:
             if row.get("responses") is None:
@@ -113,7 +133,15 @@ def read_candidates(path, dropped=None):
             continue
         if row.get("id") is None:
             row["id"] = n
+            numbers.add(str(n))
+        else:
+            own_ids.add(str(row["id"]))
         row["id"] = str(row["id"])
+        if row["id"] in own_ids and row["id"] in numbers:
+            raise InputError(
+                f"{where}: '{row['id']}' is the id of one row and the number of another, "
+                "which has no id; give all rows an id, or none"
+            )
 
         # responses, as objects
         responses = row["responses"]

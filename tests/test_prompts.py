@@ -171,6 +171,33 @@ def test_candidates_without_an_id_are_told_apart_by_their_number(tmp_path):
     assert [row["id"] for _, row in read_candidates(path)] == ["0", "1", "0.5"]
 
 
+def test_an_id_that_is_the_number_of_a_row_without_one_is_refused(tmp_path):
+    row = {"prompt": "x", "responses": ["a"]}
+
+    for rows in ([row | {"id": 1}, row], [row, row | {"id": "0"}]):
+        path = write_lines(tmp_path / "c.jsonl", *rows)
+        with pytest.raises(InputError, match=r"c.jsonl:2: '[01]' is the id of one row and the"):
+            list(read_candidates(path))
+
+
+def test_a_system_message_that_is_only_in_the_chosen_conversation_is_asked(tmp_path):
+    system = {"role": "system", "content": "Be brief."}
+    question = {"role": "user", "content": "q"}
+    talk = [system, question, {"role": "assistant", "content": "a"}]
+    path = write_lines(
+        tmp_path / "p.jsonl",
+        {"prompt": "q", "chosen": talk},
+        {"prompt": "another", "chosen": talk},
+        {"prompt": "q", "chosen": talk[1:]},
+        {"prompt": "q", "chosen": [3, 4]},
+    )
+
+    asked = [row["prompt"] for row in read_prompts(path)]
+
+    assert asked[0] == [system, question]
+    assert [len(messages) for messages in asked] == [2, 1, 1, 1]
+
+
 def test_pairs_of_any_layout_are_candidates(tmp_path):
     talk = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
     chosen = {"role": "assistant", "content": "a", "reasoning_content": "hm"}
