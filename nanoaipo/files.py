@@ -55,6 +55,8 @@ def find_files(path):
         files = sorted(glob.glob(pattern))
         if files:
             return files
+    if os.path.isdir(path):
+        raise InputError(f"{path}: a folder without a .jsonl or .parquet file in it; name the file")
     raise InputError(f"{path}: no such file")
 
 

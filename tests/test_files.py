@@ -62,6 +62,13 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         read(tmp_path / "none.jsonl")
 
 
+def test_a_folder_without_records_says_so(tmp_path):
+    (tmp_path / "b.json").write_text("[]")
+
+    with pytest.raises(InputError, match="a folder without a .jsonl or .parquet file in it"):
+        read(tmp_path)
+
+
 def test_shards_folders_globs_and_arrays_are_read_as_one_file(tmp_path):
     for k in range(3):
         write_lines(tmp_path / f"a-0000{k}-of-00003.jsonl", {"k": k})
