@@ -25,6 +25,14 @@ SCORE_LINE = re.compile(
 )
 REMARK = re.compile(r"\((?!\s*\d+(?:\.\d+)?\s*\))[^()]*\)")  # in brackets; (4) is none
 
+# what the points are out of, at the end of a remark: (0-10), (out of 10)
+SCALE = re.compile(
+    r"(?:/|\bof\b|\bmax(?:imum)?\b|\b[01]\s*(?:[-–—]|\bto\b))\W*(\d+(?:\.\d+)?)\W*$",
+    re.IGNORECASE,
+)
+# behind it: where a sentence ends, or its reason begins
+CLAUSE_END = re.compile(r"[.!?;:\"]|\b(?:because|since|as)\b", re.IGNORECASE)
+
 # one number from 0 up, perhaps "out of 5", and no second one beside it: no sum, no range
 POINTS = re.compile(
     r"\W*(?:is\W*)?(?<![-−–<>≤≥.\d])(\d+(?:\.\d+)?)(?![\w%])(?:\s*points?\b)?"
@@ -57,18 +65,29 @@ def from_rewards(rewards, temperature):
 def read_score(reply):
     """The number on the last line "Score: N" of a reply, or None.
 
-    A sum counts as what it comes to. A range, a number below 0 or above 5, and what stands in a
-    thought are no score.
+    A sum counts as what it comes to. A range, a fraction, one of several numbers, a number below 0
+    or above 5 or on another scale, and what stands in a thought are no score.
     """
     _, answer = split_thought(reply)
     found = SCORE_LINE.findall(MARKUP.sub("", answer))
     if not found:
         return None
 
+    # another scale, in brackets before or behind the number
+    for remark in REMARK.findall(found[-1]):
+        scale = SCALE.search(remark)
+        if scale and float(scale[1]) != 5:
+            return None
+
     line = REMARK.sub("", found[-1])
-    line = line.rpartition("=")[2]  # 1 + 1 + 0 = 2
+    terms, _, line = line.rpartition("=")  # 1 + 1 + 0 = 2
     match = POINTS.match(line)
-    if match is None or float(match[1]) > 5:
+    if match is None or float(match[1]) > 5 or "/" in terms:
+        return None
+
+    # "3, perhaps 4", "1 for relevance, 1 for depth"
+    rest = CLAUSE_END.split(line[match.end() :])[0]
+    if re.search(r"\d", rest):
         return None
     return float(match[1])
 

@@ -753,6 +753,17 @@ def test_a_judge_that_is_set_up_wrongly_is_refused(tmp_path, settings, message):
         ("Score: 3 to 4", None, None),
         ("Score: 3 or maybe 4", None, None),
         ("Score: between 3 and 4", None, None),
+        ("Score: 3, perhaps 4", None, None),
+        ("Score: 3/5, maybe 4/5", None, None),
+        ("Score: 1 for relevance, 1 for depth", None, None),
+        ("Score: 4 because 3 of 4 points hold", 4, None),
+        ('{"score": 4, "reason": "3 hold"}', 4, None),
+        # other scales
+        ("Score (0-10): 4", None, None),
+        ("Score: 4 (out of 10)", None, None),
+        ("Score: 4 out of a possible 10", None, None),
+        ("Score: 4 / 5 = 0.8", None, None),
+        ("Score: 4 (out of 5)", 4, None),
         # decoration
         ("### Score\n\n**4**", 4, None),
         ("| Score | 4 |", 4, None),
