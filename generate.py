@@ -202,11 +202,36 @@ def candidates(manifest):
     write_blocks(out, manifest, rows, block, respond, count)
 
 
+def check_needs_no_template(where, row):
+    """Raise UnusableRow for a row with tools or other arguments of a chat template."""
+    if template_columns(where, row):
+        raise UnusableRow(
+            "for_template",
+            f"{where}: tools and chat_template_kwargs are for the chat template, "
+            "which --engine=openai leaves to the server",
+        )
+
+
 def candidates_from_endpoint(manifest):
-    """n_responses to each prompt, as text. No prompt is dropped: the server knows its limits."""
-    pool = read_prompts(prompts, prompt_field)
-    for row in pool:
+    """n_responses to each prompt, as text. None is too long here: the server knows its limits.
+
+    A row that holds no prompt is dropped and counted, and so is one with arguments of a template.
+    """
+    dropped = Dropped()
+    pool = []
+    for row in read_prompts(prompts, prompt_field, dropped):
+        where = f"{prompts}: prompt '{row['id']}'"
+        try:
+            check_needs_no_template(where, row)
+        except UnusableRow as e:
+            dropped.add(e.reason, e)
+            continue
         row.pop("prompt_ids", None)  # they would be another model's
+        pool.append(row)
+    if not pool:
+        raise InputError(f"{prompts}: no prompt is left ({dropped.reasons()})")
+    if dropped.counts:
+        print0(f"{prompts}: {dropped}")
     rows = take_share(pool)
 
     respond = functools.partial(
@@ -220,6 +245,8 @@ def candidates_from_endpoint(manifest):
         max_new_tokens=max_new_tokens,
     )
     counts = {"prompts": len(rows), "control_text": 0, "too_long": 0, "too_short": 0}
+    if RANK == 0:  # every process reads all prompts; the first counts for all
+        counts.update(dropped.counts)
     count = functools.partial(count_and_print, out, counts)
     write_blocks(out, manifest, rows, block, respond, count)
 

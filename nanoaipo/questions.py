@@ -27,7 +27,7 @@ from nanoaipo.thoughts import split_thought_ids, with_thought
 REQUIRED = ("model", "messages")
 OPTIONAL = ("temperature", "top_p", "max_tokens", "logprobs", "top_logprobs")
 CANNOT_ANSWER = (400, 413, 422)  # status of a question that is refused: too long, filtered
-REFUSES_PARAMETER = (400, 403, 422)  # status of a refusal that may be about a parameter
+REFUSES_PARAMETER = (400, 403, 404, 422)  # status of a refusal that may be about a parameter
 
 # how refusals name what was sent and can be left out
 PARAMETER_NAMES = {
@@ -35,20 +35,27 @@ PARAMETER_NAMES = {
     "top_p": r"top[_ ]?p",
     "logprobs": r"log[_ ]?prob(?:abilitie)?s?",
     "top_logprobs": r"top[_ ]?log[_ ]?probs?",
-    "max_tokens": r"max_tokens",
+    "max_tokens": r"max_?tokens",
     "max_completion_tokens": r"max_completion_tokens",
 }
 UNKNOWN = re.compile(
-    r"unsupported|not support|unknown|unrecogni[sz]ed|not permitted|unexpected"
-    r"|use\W+max_completion_tokens",
+    r"unsupported|not support|unknown|unrecogni[sz]ed|not permitted|not allowed|unexpected"
+    r"|deprecated|invalid (?:parameter|argument)|use\W+max_completion_tokens",
     re.IGNORECASE,
 )
-TOO_MANY = re.compile(r"too (?:large|long|many)|greater|exceed|at most|maximum", re.IGNORECASE)
+TOO_MANY = re.compile(
+    r"too (?:large|long|many)|greater|less|exceed|at most|up to|between|range|maximum|[<>≤≥]",
+    re.IGNORECASE,
+)
 ECHO = re.compile(r"""input(?:_value)?\\?['"]?\s*[:=]""")  # pydantic: what was sent comes behind
 
-# how servers say that a response has ended by itself, and that max_tokens cut it
-FINISHED = ("stop", "stop_sequence", "eos", "eos_token", "end_turn", "endoftext", "complete")
-CUT = ("length", "model_length", "max_tokens", "max_output_tokens", "max_new_tokens")
+# words of the reasons that servers give: max_tokens cut a response, or it has ended by itself
+CUT = {"length", "max", "limit", "truncated"}
+FINISHED = {"stop", "eos", "end", "endoftext", "complete", "completed", "finished"}
+NEITHER = {"error", "not"}
+
+THOUGHT_FIELDS = ("reasoning_content", "reasoning")  # of a message, beside its content
+THOUGHT_PARTS = ("thinking", "reasoning")  # types of a content's parts
 
 TRIES = 4  # of a question that is answered with nothing in it
 BLOCK = 512  # questions between two savings of a local model's replies
@@ -66,6 +73,8 @@ def endpoint(url, concurrency):
     """
     from openai import OpenAI, OpenAIError
 
+    if not re.match(r"https?://", url):  # the client would try again for minutes
+        raise InputError(f"{url}: an endpoint's address begins with http:// or https://")
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # files end with a line break
     if not re.fullmatch(r"[!-~]+", key):
         raise InputError("OPENAI_API_KEY: has characters that no key has, such as a space in it")
@@ -182,30 +191,38 @@ def without_messages(text, messages, pattern):
 
 def drop_parameter(name, unsupported, model):
     """Leave a parameter out from now on, and print so the first time."""
-    if name not in unsupported:
-        print(f"{model} does not take this {name}, asked without it from now on", flush=True)
+    is_new = name not in unsupported
     unsupported.add(name)
     if "logprobs" in name:  # neither is of use without the other
         unsupported.update(("logprobs", "top_logprobs"))
+    if is_new:
+        print(f"{model} does not take this {name}, asked without it from now on", flush=True)
 
 
 def read_completion(body):
     """What the body of an endpoint's answer says, or None where no answer is in it.
 
-    {reply, finish, usage} and, where it has them, the model that answered and logprobs. finish is
-    "stop" for a response that ended by itself, "length" for one that was cut.
+    {reply, finish, usage} and, where it has them, the thought before the reply, the model that
+    answered and logprobs. finish is "stop" for a response that ended by itself, "length" for one
+    that was cut.
     """
     try:
         completion = json.loads(body)
         choice = completion["choices"][0]
-        text = content_text(choice["message"].get("content"))
+        message = choice["message"]
+        content = message.get("content")
     except (ValueError, LookupError, TypeError, AttributeError):  # no JSON, or one of another form
         return None
-    if text is None:
+    if not isinstance(content, (str, list, type(None))):
         return None
 
-    text = text.encode(errors="replace").decode()  # half of a surrogate pair is no text
-    reply = {"reply": text, "finish": finish_of(choice.get("finish_reason")), "usage": {}}
+    # where a model refuses, some servers have its words in a field of their own
+    text = text_of(content) or text_of(message.get("refusal"))
+    finish = finish_of(choice.get("finish_reason"))
+    reply = {"reply": as_unicode(text), "finish": finish, "usage": {}}
+    thought = thought_of(message)
+    if thought:
+        reply["thought"] = as_unicode(thought)
     if isinstance(completion.get("usage"), dict):
         reply["usage"] = completion["usage"]
     if isinstance(completion.get("model"), str):
@@ -215,35 +232,62 @@ def read_completion(body):
     return reply
 
 
-def content_text(content):
-    """The text of a message's content, which may come in parts; None for what is no content.
-
-    A part that is a thought (Mistral's reasoning models have such) is left out.
-    """
-    if content is None or isinstance(content, str):
-        return content or ""
+def text_of(content):
+    """The text of a content, which may come in parts; a part that is no text is left out."""
+    if isinstance(content, str):
+        return content
     if not isinstance(content, list):
-        return None
-
+        return ""
     texts = []
     for part in content:
         if isinstance(part, str):
             texts.append(part)
-        elif part.get("type") in ("text", "output_text"):
-            texts.append(part["text"])
+        elif isinstance(part, dict) and part.get("type") in ("text", "output_text"):
+            texts.append(text_of(part.get("text")))
     return "".join(texts)
+
+
+def thought_of(message):
+    """What stands beside or among a message's content as its thought; empty where there is none."""
+    for field in THOUGHT_FIELDS:
+        thought = text_of(message.get(field)).strip()
+        if thought:
+            return thought
+
+    # Mistral's reasoning models have it in a part of the content
+    content = message.get("content")
+    if not isinstance(content, list):
+        return ""
+    thoughts = []
+    for part in content:
+        if isinstance(part, dict) and part.get("type") in THOUGHT_PARTS:
+            thoughts.append(text_of(part.get("thinking") or part.get("text")))
+    return "".join(thoughts).strip()
+
+
+def as_unicode(text):
+    """A text that can be written as UTF-8: half of a surrogate pair is none."""
+    return text.encode(errors="replace").decode()
 
 
 def finish_of(reason):
     """A server's finish reason as "stop" or "length" where it means that, else in lower case."""
+    if isinstance(reason, dict):  # SGLang's own form
+        reason = reason.get("type")
     if not isinstance(reason, str):
-        return reason
-    reason = reason.lower()
-    if reason in FINISHED:
-        return "stop"
-    if reason in CUT:
+        return None
+
+    # FINISH_REASON_MAX_TOKENS, end_turn, maxTokens
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", reason).lower()
+    words = re.sub(r"^(?:finish|stop)_reason_", "", words)
+    words = set(re.findall(r"[a-z]+", words))
+    if words & NEITHER:
+        return reason.lower()
+    if words & CUT:
         return "length"
-    return reason
+    if words & FINISHED:
+        return "stop"
+    return reason.lower()
 
 
 def without_key(client, text):
@@ -442,6 +486,14 @@ def ask_missing(missing, path, answer, served):
     return {key: replies[key] for key in keys}
 
 
+def n_tokens(usage, key):
+    """A number of a reply's usage; 0 where a server does not count, or not in numbers."""
+    value = usage.get(key)
+    if not isinstance(value, int):
+        return 0
+    return value
+
+
 def totals(replies, path):
     """What replies cost in tokens, where they are, and one of the errors among them, as text."""
     read = 0
@@ -449,8 +501,8 @@ def totals(replies, path):
     errors = []
     for reply in replies.values():
         usage = reply.get("usage", {})
-        read += usage.get("prompt_tokens") or 0
-        written += usage.get("completion_tokens") or 0
+        read += n_tokens(usage, "prompt_tokens")
+        written += n_tokens(usage, "completion_tokens")
         if "error" in reply:
             errors.append(reply["error"])
 

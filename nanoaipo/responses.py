@@ -60,7 +60,8 @@ def ask_for_responses(rows, out, *, model, url, n_responses, temperature, top_p,
     is_first_block = os.path.getsize(shard_path(out) + ".tmp") == 0
     if is_first_block and not any("finish" in reply for reply in replies):
         raise InputError(
-            f"{url}: not one answer to {len(questions)} questions; the first reply: {replies[0]}"
+            f"{url}: not one answer to {len(questions)} questions; "
+            f"the first reply: {replies[0]['error']}"
         )
 
     records = []
@@ -68,14 +69,17 @@ def ask_for_responses(rows, out, *, model, url, n_responses, temperature, top_p,
         responses = []
         for reply in replies[k * n_responses : (k + 1) * n_responses]:
             if "finish" in reply:
-                responses.append(response_from_text(reply["reply"], reply["finish"] == "stop"))
+                ended = reply["finish"] == "stop"
+                responses.append(response_from_text(reply["reply"], ended, reply.get("thought")))
         records.append(row | {"responses": responses})
     return records
 
 
-def response_from_text(text, finished):
-    """The record of a response of which only the text is known."""
-    thought, answer = split_thought(text)
+def response_from_text(text, finished, thought=None):
+    """The record of a response of which only the text is known, and perhaps the thought apart."""
+    answer = text
+    if thought is None:
+        thought, answer = split_thought(text)
     if thought is None:
         return {"text": text, "finished": finished}
     # an unfinished thought leaves no answer

@@ -418,6 +418,32 @@ def test_what_an_endpoint_refuses_is_asked_once_more_and_then_missing(tmp_path):
     assert "prompt_ids" not in rows[0]
 
 
+def think_and_count_in_text(server, handler, text):
+    """Answer with the thought in a field of its own and a usage that is no number."""
+    message = {"content": "yes", "reasoning_content": "hm"}
+    choices = [{"finish_reason": "stop", "message": message}]
+    handler.reply({"choices": choices, "usage": {"prompt_tokens": "7"}})
+    return True
+
+
+def test_an_endpoints_thoughts_are_kept_and_rows_it_cannot_be_asked_are_dropped(tmp_path):
+    rows = [
+        {"prompt": "prompt 0"},
+        {"text": "no prompt"},
+        {"prompt": "prompt 1", "tools": [{"name": "weather"}]},
+    ]
+    write_rows(tmp_path / "p.jsonl", rows)
+    server = Judge(misbehave=think_and_count_in_text)
+
+    done = run(*endpoint_command(tmp_path, server.url))
+
+    assert done.returncode == 0, done.stderr
+    (row,) = read_rows(tmp_path / "c.jsonl")
+    assert row["responses"] == [{"text": "yes", "finished": True, "thought": "hm"}] * 2
+    counts = read_counts(tmp_path, "c")
+    assert [counts[key] for key in ("prompts", "no_prompt", "for_template")] == [1, 1, 1]
+
+
 def test_an_endpoint_without_its_url_is_refused(tmp_path):
     write_rows(tmp_path / "p.jsonl", [{"prompt": "prompt 0", "prompt_ids": [1]}])
     command = endpoint_command(tmp_path, "")

@@ -386,6 +386,14 @@ def pydantic_error(name):
             "max_tokens",
             None,
         ),
+        (
+            400,
+            openai_error("max_tokens is deprecated in favor of max_completion_tokens"),
+            "max_tokens",
+            "max_completion_tokens",
+        ),
+        (400, openai_error("maxTokens: Extra inputs are not allowed"), "max_tokens", None),
+        (404, openai_error("No endpoint found that takes temperature"), "temperature", None),
         (400, openai_error("Unknown parameter: 'temperature'.", param=None), "temperature", None),
         (400, {"message": "temperature: Extra inputs are not permitted"}, "temperature", None),
         (422, pydantic_error("temperature"), "temperature", None),
@@ -479,6 +487,13 @@ def test_a_question_that_is_too_long_or_filtered_costs_no_other_question_its_par
         ("length", "length"),
         ("MAX_TOKENS", "length"),
         ("model_length", "length"),
+        ("FINISH_REASON_STOP", "stop"),
+        ("endTurn", "stop"),
+        ("eos_found", "stop"),
+        ({"type": "stop", "matched": 2}, "stop"),
+        ("FINISH_REASON_MAX_TOKENS", "length"),
+        ("token_limit", "length"),
+        ("not_finished", "not_finished"),
         ("content_filter", "content_filter"),
         ("SAFETY", "safety"),
         (None, None),
@@ -512,6 +527,31 @@ def test_content_in_parts_is_its_text_and_a_thought_is_none_of_it(content, text)
     completion["choices"][0]["message"]["reasoning_content"] = "Score: 2"
 
     assert read_completion(json.dumps(completion))["reply"] == text
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": "yes", "reasoning_content": "hm"},
+        {"content": "yes", "reasoning": " hm\n", "reasoning_content": None},
+        {"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "yes"}]},
+        {"content": [{"type": "reasoning", "text": "hm"}, None, "yes"]},
+    ],
+)
+def test_a_thought_in_a_field_of_its_own_or_in_a_part_is_kept_beside_the_reply(message):
+    completion = {"choices": [{"message": message, "finish_reason": "stop"}]}
+
+    reply = read_completion(json.dumps(completion))
+
+    assert (reply["reply"], reply["thought"]) == ("yes", "hm")
+
+
+def test_a_refusal_in_a_field_of_its_own_is_the_reply():
+    message = {"content": None, "refusal": "I will not.", "reasoning": ""}
+
+    reply = read_completion(json.dumps({"choices": [{"message": message}]}))
+
+    assert reply == {"reply": "I will not.", "finish": None, "usage": {}}
 
 
 def test_a_message_without_content_is_a_reply_that_was_paid_for():
@@ -676,6 +716,7 @@ def test_killed_itself_and_run_again_it_asks_only_what_is_missing(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
+        ({"url": "127.0.0.1:9/v1"}, "127.0.0.1:9/v1: an endpoint's address begins with http://"),
         ({"url": "http://me:secret@127.0.0.1:9/v1"}, "--judge_url: holds a user or a key"),
         ({"reward_temperature": 0.0}, "--reward_temperature=0.0: at least"),
         ({"judge_mode": "triple"}, "--judge_mode=triple: there are score, pairwise"),
