@@ -1,9 +1,11 @@
 """Messages, prompts and pairs in the layouts that people's files have, brought to one form.
 
 prompt      a text; messages; a question, an instruction with its input, a benchmark's turns;
-            with a system column or without; missing where chosen and rejected are conversations
+            with a system or history column or without; missing where chosen and rejected are
+            conversations
 chosen,     a text (Anthropic HH's "\\n\\nHuman: ...\\n\\nAssistant: ..." too), a message, a
-rejected    conversation; OpenAI calls them preferred_output and non_preferred_output
+rejected    conversation; OpenAI calls them preferred_output and non_preferred_output; in ms-swift's
+            files the chosen one ends the column messages
 messages    OpenAI's role and content, ShareGPT's from and value; contents in parts of text
 tools,      what TRL hands to the chat template
 chat_template_kwargs
@@ -22,15 +24,64 @@ PROMPT_FIELDS = (  # the first one there is
     "instruction",
     "turns",
     "question",
+    "query",
     "input",
     "chosen",
+    "chosen_messages",
 )
-CHOSEN_FIELDS = ("chosen", "preferred_output", "chosen_response", "output")
-REJECTED_FIELDS = ("rejected", "non_preferred_output", "rejected_response")
+CHOSEN_FIELDS = (
+    "chosen",
+    "preferred_output",
+    "chosen_response",
+    "chosen_messages",
+    "response_j",  # of StackExchange's pairs, where j is the better one
+    "output",
+    "response",
+)
+REJECTED_FIELDS = (
+    "rejected",
+    "non_preferred_output",
+    "rejected_response",
+    "rejected_messages",
+    "response_k",
+)
 SYSTEM_FIELDS = ("system", "system_prompt")
+MEDIA_FIELDS = ("images", "image", "videos", "video", "audios", "audio")
 
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}  # other names are roles already
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+ROLES = (  # that templates know
+    "system",
+    "developer",
+    "user",
+    "assistant",
+    "tool",
+    "function",
+    "ipython",
+    "environment",
+)
 TEXT_PARTS = ("text", "input_text", "output_text")
+
+# a text that a chat template has written already begins so, or begins and ends so
+TEMPLATE_OPENS = re.compile(
+    r"\s*(<\|im_start\|>|<\|begin_of_text\|>|<\|start_header_id\|>|<start_of_turn>|<bos>"
+    r"|<s>\s*\[INST\]|\[INST\]|<\|(?:system|user|assistant)\|>|<｜(?:begin|User|Assistant))"
+)
+WORDS_OPEN = re.compile(
+    r"\s*(?:Human|User|USER):.*(?:Assistant|ASSISTANT):\s*$"
+    r"|.*### Instruction:.*### Response:\s*$",
+    re.DOTALL,
+)
+END_MARKS = (  # what ends a turn in the templates of others
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<eos>",
+    "<｜end▁of▁sentence｜>",
+    "</s>",
+)
 
 RENDERERS_OWN = (  # arguments that apply_chat_template takes for itself, and that we set
     "conversation",
@@ -90,12 +141,22 @@ def as_messages(value, name, role="user"):
     reasoning_content). Raises UnusableRow for what is none of these, or holds more than text.
     """
     if isinstance(value, str):
+        check_not_messages_as_text(value, name)
         return hh_messages(value) or [{"role": role, "content": value}]
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list) or not value:
         raise no_messages(name)
     return [as_message(message, f"{name}: message {n}", name) for n, message in enumerate(value, 1)]
+
+
+def check_not_messages_as_text(text, name):
+    """Raise UnusableRow for a list of messages that a table has turned into a text."""
+    begins = re.match(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:", text)
+    if begins and re.search(r"['\"]role['\"]", text):
+        raise UnusableRow(
+            "no_messages", f"{name} is messages written as a text; give the list of messages itself"
+        )
 
 
 def no_messages(name):
@@ -112,22 +173,26 @@ def as_message(value, name, list_name):
 
     # ShareGPT's names
     if "role" not in message and "from" in message:
-        sender = message.pop("from")
-        message["role"] = sender
-        if isinstance(sender, str):
-            message["role"] = SHAREGPT_ROLES.get(sender, sender)
+        message["role"] = message.pop("from")
         message["content"] = message.pop("value", None)
-    if not isinstance(message.get("role"), str):
+    role = message.get("role")
+    if not isinstance(role, str):
         raise no_messages(list_name)
+    role = SHAREGPT_ROLES.get(role, role)
+    if role not in ROLES:  # most templates would write it as it is
+        raise UnusableRow(
+            "unknown_role", f"{name} is of the role '{role}', which is none of {', '.join(ROLES)}"
+        )
+    message["role"] = role
 
     content = message.get("content")
     if isinstance(content, list):
         content = join_parts(content, name)
     # a call of tools stands beside no content
-    if content is None and message["role"] == "assistant" and message.get("tool_calls"):
+    if content is None and role == "assistant" and message.get("tool_calls"):
         content = ""
     if content is None:
-        raise UnusableRow("no_content", f"{name} ({message['role']}) has no content")
+        raise UnusableRow("no_content", f"{name} ({role}) has no content")
     if not isinstance(content, str):
         raise no_messages(list_name)
     message["content"] = content
@@ -150,10 +215,12 @@ def join_parts(parts, name):
         if isinstance(part, str):
             part = {"type": "text", "text": part}
         kind = "part of no type"
+        text = None
         if isinstance(part, dict):
             kind = part.get("type", kind)
-        if kind in TEXT_PARTS and isinstance(part.get("text"), str):
-            texts.append(part["text"])
+            text = part.get("text", part.get("value"))  # LLaMA-Factory calls it value
+        if kind in TEXT_PARTS and isinstance(text, str):
+            texts.append(text)
             continue
         if kind in TEXT_PARTS:
             kind = "part without its text"
@@ -210,6 +277,8 @@ def template_columns(where, row):
     tools = from_json(tools, f"{where}: 'tools'")
     if tools and not isinstance(tools, list):
         raise UnusableRow("no_json", f"{where}: 'tools' has to be a list")
+    if tools:
+        tools = [from_json(tool, f"{where}: one of 'tools'") for tool in tools]
 
     name = f"{where}: 'chat_template_kwargs'"
     arguments = from_json(row.get("chat_template_kwargs"), name) or {}
@@ -254,8 +323,7 @@ def prompt_messages(where, row, field=""):
     field = field or found_field(row, PROMPT_FIELDS)
     if field is None:
         raise UnusableRow("no_prompt", f"{where}: {no_prompt(row)}")
-    if row.get("images"):
-        raise UnusableRow("not_text", f"{where}: holds images, and only text is read")
+    check_no_media(where, row)
     value = row.get(field)
 
     # each kind of column to a text or messages
@@ -275,6 +343,57 @@ def prompt_messages(where, row, field=""):
             "no_prompt",
             f"{where}: '{field}' has to be a conversation where no column holds the prompt",
         )
+    if len(messages) == 1 and isinstance(value, str):
+        check_not_rendered(where, field, value)
+    if len(messages) == 1 and field not in CHOSEN_FIELDS:
+        messages = history_messages(where, row) + messages
+
+    # older files of LLaMA-Factory end with both answers
+    if [message["role"] for message in messages[-2:]] == ["assistant", "assistant"]:
+        raise UnusableRow(
+            "prompt_ends_with_assistant",
+            f"{where}: '{field}' ends with two messages of the assistant; of a pair, one belongs "
+            "into 'chosen' and one into 'rejected'",
+        )
+    return messages
+
+
+def check_no_media(where, row):
+    """Raise UnusableRow for a row with images, videos or sounds beside its text."""
+    field = next((field for field in MEDIA_FIELDS if row.get(field)), None)
+    if field:
+        raise UnusableRow("not_text", f"{where}: holds {field}, and only text is read")
+
+
+def check_not_rendered(where, field, text):
+    """Raise UnusableRow for a text that a chat template has written already, of any model."""
+    opens = TEMPLATE_OPENS.match(text)
+    mark = opens[1] if opens else "Human: ... Assistant:, ### Instruction: ... ### Response:"
+    if opens or WORDS_OPEN.match(text):
+        raise UnusableRow(
+            "rendered",
+            f"{where}: '{field}' is rendered with a chat template already ({mark}); give the "
+            "messages or the bare text instead",
+        )
+
+
+def history_messages(where, row):
+    """The turns before a prompt, from a column of [question, answer] pairs or of messages."""
+    history = row.get("history")
+    if not history:
+        return []
+    name = f"{where}: 'history'"
+    if not isinstance(history, list):
+        raise UnusableRow("no_messages", f"{name} has to be a list of [question, answer]")
+    if isinstance(history[0], dict):
+        return as_messages(history, name)
+
+    messages = []
+    for turn in history:
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise UnusableRow("no_messages", f"{name} has to be a list of [question, answer]")
+        question, answer = turn
+        messages += as_messages(question, name) + as_messages(answer, name, "assistant")
     return messages
 
 
@@ -314,12 +433,20 @@ def pair_messages(where, row):
     Where chosen and rejected are conversations, the prompt is what both begin with (as in TRL's
     extract_prompt), and a prompt column has to be part of it. Raises UnusableRow.
     """
-    chosen = side_messages(where, row, CHOSEN_FIELDS)
-    rejected = side_messages(where, row, REJECTED_FIELDS)
+    check_no_media(where, row)
     asked = None
     field = found_field(row, PROMPT_FIELDS)
-    if field not in CHOSEN_FIELDS:
+    if field is not None and field not in CHOSEN_FIELDS:
         asked = prompt_messages(where, row, field)
+
+    # without a column of its own, the chosen answer ends the conversation (ms-swift)
+    rejected = side_messages(where, row, REJECTED_FIELDS)
+    is_ended = asked is not None and len(asked) > 1 and asked[-1]["role"] == "assistant"
+    if found_field(row, CHOSEN_FIELDS) is None and is_ended:
+        chosen = asked
+    else:
+        chosen = side_messages(where, row, CHOSEN_FIELDS)
+    check_no_labels(where, chosen, rejected, row)
 
     # both as conversations: an answer alone follows the prompt
     conversations = [side for side in (chosen, rejected) if len(side) > 1]
@@ -344,6 +471,7 @@ def pair_messages(where, row):
                 f"{where}: '{name}' has to be one message of the assistant, "
                 "or the prompt and that message",
             )
+        check_not_rendered(where, name, answer[0]["content"])
 
     # the prompt column may hold more in front (a system message), or its first question alone
     if asked and conversations:
@@ -356,7 +484,7 @@ def pair_messages(where, row):
             f"{where}: the prompt ends with a message of the assistant, and no template opens "
             "another one behind it",
         )
-    return with_system(row, prompt), chosen[n:], rejected[n:]
+    return with_system(row, prompt), without_end_marks(chosen[n:]), without_end_marks(rejected[n:])
 
 
 def side_messages(where, row, fields):
@@ -367,11 +495,49 @@ def side_messages(where, row, fields):
     return as_messages(row[field], f"{where}: '{field}'", "assistant")
 
 
+def check_no_labels(where, chosen, rejected, row):
+    """Raise UnusableRow where both answers are labels of other columns, such as A and B."""
+    columns = []
+    for side in (chosen, rejected):
+        label = side[-1]["content"].strip().lower()
+        columns.append(labelled_column(row, label))
+    if None not in columns:
+        raise UnusableRow(
+            "no_chosen",
+            f"{where}: chosen and rejected name the columns {' and '.join(columns)}; "
+            "wanted are the answers themselves",
+        )
+
+
+def labelled_column(row, label):
+    """The column of text that a label names by its whole name or its end (B: response_b)."""
+    for column, value in row.items():
+        if label and isinstance(value, str) and f"_{column}".lower().endswith(f"_{label}"):
+            return column
+    return None
+
+
+def without_end_marks(messages, marks=END_MARKS):
+    """Answers without the end tokens that some files write behind them; a template writes its own.
+
+    An answer that strikes text out in HTML, <s>so</s>, keeps its end.
+    """
+    any_mark = "|".join(map(re.escape, marks))
+    answers = []
+    for message in messages:
+        content = message["content"]
+        if "<s>" not in content:
+            content = re.sub(rf"(?:\s*(?:{any_mark}))+\s*$", "", content)
+        answers.append(message | {"content": content})
+    return answers
+
+
 def no_pair(row, field):
     """What is wrong with a row that lacks a column of a pair."""
     return (
         f"field '{field}' is missing; the columns are {columns_of(row)}; wanted are prompt, "
         "chosen and rejected (texts or messages), chosen and rejected (conversations), "
+        "messages that end with the chosen answer and rejected_response, "
         "or input, preferred_output and non_preferred_output"
     )
 

@@ -7,7 +7,13 @@ from jinja2 import TemplateError
 from nanoaipo.chat import control_pattern, render, render_response
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
-from nanoaipo.messages import Dropped, UnusableRow, pair_messages, template_columns
+from nanoaipo.messages import (
+    Dropped,
+    UnusableRow,
+    pair_messages,
+    template_columns,
+    without_end_marks,
+)
 from nanoaipo.processes import print0
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -55,6 +61,16 @@ def render_pair(where, row, tokenizer, eos_ids, control, arguments):
     """{column: ids} of a pair that came as text; raises UnusableRow, with the reason."""
     prompt, chosen, rejected = pair_messages(where, row)
     arguments = arguments | template_columns(where, row)
+
+    # a template without tools leaves them out, in silence
+    called = [message for message in chosen + rejected if message.get("tool_calls")]
+    if (called or arguments.get("tools")) and "tool" not in str(tokenizer.chat_template):
+        raise UnusableRow("no_tools", f"{where}: this model's chat template writes no tools")
+
+    # an end token behind an answer is no part of its text
+    end_tokens = tokenizer.convert_ids_to_tokens(sorted(eos_ids))
+    chosen = without_end_marks(chosen, end_tokens)
+    rejected = without_end_marks(rejected, end_tokens)
 
     # a template would turn such text into the control token itself
     for message in prompt:

@@ -8,7 +8,14 @@ from test_files import write_lines
 
 from nanoaipo import chat
 from nanoaipo.errors import InputError
-from nanoaipo.messages import Dropped, UnusableRow, as_messages, pair_messages, template_columns
+from nanoaipo.messages import (
+    Dropped,
+    UnusableRow,
+    as_messages,
+    pair_messages,
+    prompt_messages,
+    template_columns,
+)
 from nanoaipo.pairs import read_pairs
 
 
@@ -74,6 +81,9 @@ def test_parts_of_text_are_joined_and_sharegpts_names_are_read():
     "value, reason, message",
     [
         (3, "no_messages", "here has to be a text or a list of messages"),
+        (str([QUESTION]), "no_messages", "here is messages written as a text"),
+        (json.dumps([QUESTION]), "no_messages", "here is messages written as a text"),
+        ([{"from": "observation", "value": "a"}], "unknown_role", "1 is of the role 'observation'"),
         ([], "no_messages", "here has to be a text or a list of messages"),
         (["a"], "no_messages", "here has to be a text or a list of messages"),
         ([{"role": 1, "content": "a"}], "no_messages", "here has to be a text or a list"),
@@ -153,6 +163,67 @@ LAYOUTS = {  # name: (row, the prompt that is asked)
         },
         [QUESTION],
     ),
+    "sharegpt's names as roles": (
+        {
+            "prompt": [{"role": "human", "content": "Two?"}],
+            "chosen": [{"role": "gpt", "content": "2"}],
+            "rejected": [{"role": "gpt", "content": "three"}],
+        },
+        [QUESTION],
+    ),
+    "alpaca with a history": (
+        {
+            "instruction": "Two?",
+            "input": "",
+            "history": [["Hi.", "Hello."]],
+            "chosen": "2",
+            "rejected": "three",
+        },
+        TALK,
+    ),
+    "a history of messages": (
+        {"prompt": "Two?", "history": TALK[:2], "chosen": "2", "rejected": "three"},
+        TALK,
+    ),
+    "ms-swift's older files": (
+        {
+            "system": "Be brief.",
+            "query": "Two?",
+            "response": "2",
+            "rejected_response": "three",
+            "history": [["Hi.", "Hello."]],
+        },
+        [SYSTEM] + TALK,
+    ),
+    "ms-swift": (
+        {"messages": [SYSTEM, QUESTION, YES], "rejected_response": "three"},
+        [SYSTEM, QUESTION],
+    ),
+    "ms-swift with both as messages": (
+        {"messages": TALK + [YES], "rejected_messages": [NO]},
+        TALK,
+    ),
+    "llama-factory's parts": (
+        {
+            "chosen_messages": [
+                {"role": "user", "content": [{"type": "text", "value": "Two?"}]},
+                {"role": "assistant", "content": [{"type": "text", "value": "2"}]},
+            ],
+            "rejected_messages": [
+                {"role": "user", "content": [{"type": "text", "value": "Two?"}]},
+                {"role": "assistant", "content": [{"type": "text", "value": "three"}]},
+            ],
+        },
+        [QUESTION],
+    ),
+    "stack exchange": (
+        {"question": "Two?", "response_j": "2", "response_k": "three"},
+        [QUESTION],
+    ),
+    "answers with the end tokens of other models": (
+        {"prompt": "Two?", "chosen": "2<|im_end|>\n<|endoftext|>", "rejected": "three </s>"},
+        [QUESTION],
+    ),
     "columns of other rows": (
         {"prompt": None, "messages": None, "question": "Two?", "chosen": "2", "rejected": "three"},
         [QUESTION],
@@ -163,6 +234,64 @@ LAYOUTS = {  # name: (row, the prompt that is asked)
 @pytest.mark.parametrize("row, prompt", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_pair_of_any_layout_is_a_prompt_and_one_answer_each(row, prompt):
     assert pair_messages("here", row) == (prompt, [YES], [NO])
+
+
+def test_what_ends_like_an_end_token_in_html_stays():
+    row = {"prompt": "Two?", "chosen": "<s>2</s>", "rejected": "three"}
+
+    assert pair_messages("here", row) == ([QUESTION], [answer("<s>2</s>")], [NO])
+
+
+@pytest.mark.parametrize(
+    "prompt, mark",
+    [
+        ("<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n", r"<\|im_start\|>"),
+        ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>", r"<\|begin_of_text\|>"),
+        ("<s>[INST] Two? [/INST]", r"<s>\[INST\]"),
+        ("<bos><start_of_turn>user\nTwo?", "<bos>"),
+        ("<|user|>\nTwo?</s>\n<|assistant|>\n", r"<\|user\|>"),
+        ("Human: Two? Assistant:", "Human: ... Assistant:"),
+        ("Do.\n\n### Instruction:\nTwo?\n\n### Response:\n", "### Response:"),
+    ],
+)
+def test_a_prompt_that_another_models_template_has_written_is_refused(prompt, mark):
+    row = {"prompt": prompt, "chosen": "2", "rejected": "three"}
+
+    with pytest.raises(UnusableRow, match=f"'prompt' is rendered .*{mark}") as error:
+        pair_messages("here", row)
+
+    assert error.value.reason == "rendered"
+
+
+@pytest.mark.parametrize(
+    "labels", [("A", "B"), ("response_b", "response_a")], ids=["letters", "names"]
+)
+def test_answers_that_are_labels_of_other_columns_are_refused(labels):
+    columns = {"prompt": "Two?", "response_a": "2", "response_b": "three"}
+    chosen, rejected = labels
+
+    with pytest.raises(UnusableRow, match="name the columns response_. and response_."):
+        pair_messages("here", columns | {"chosen": chosen, "rejected": rejected})
+
+
+def test_answers_of_one_letter_are_answers_where_no_column_is_named_so():
+    row = {"prompt": "A or B?", "chosen": "A", "rejected": "B", "score_a": 0.5, "score_b": 0.1}
+
+    assert pair_messages("here", row)[1:] == ([answer("A")], [answer("B")])
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": "Two?", "history": "Hi."}, "'history' has to be a list of"),
+        ({"prompt": "Two?", "history": [["Hi."]]}, "'history' has to be a list of"),
+        ({"prompt": "Two?", "image": "a.png"}, "holds image, and only text is read"),
+        ({"conversations": [QUESTION, YES, NO]}, "ends with two messages of the assistant"),
+    ],
+)
+def test_a_prompt_that_is_more_than_its_column_is_not_cut(row, message):
+    with pytest.raises(UnusableRow, match=message):
+        prompt_messages("here", row)
 
 
 UNUSABLE = {  # reason: (row, what the message says)
@@ -272,10 +401,37 @@ def test_tools_and_template_settings_of_a_row_and_of_the_run_reach_the_template(
     assert "weather" not in third
 
 
+def test_tools_that_the_template_does_not_write_are_refused(loaded, tmp_path, capsys):
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    row = {"prompt": "Two?", "chosen": "2", "rejected": "three"}
+    path = write_lines(
+        tmp_path / "pairs.jsonl",
+        row,
+        row | {"tools": ['{"name": "weather"}']},
+        row | {"chosen": [{"role": "assistant", "content": None, "tool_calls": [call]}]},
+    )
+
+    pairs, counts = read_pairs(path, *loaded, 200)
+
+    assert len(pairs) == 1
+    assert counts["no_tools"] == 2
+    assert f"{path}:2: this model's chat template writes no tools" in capsys.readouterr().out
+
+
+def test_the_end_token_of_a_model_behind_a_text_is_no_part_of_it(loaded, tmp_path):
+    row = {"prompt": "Two?", "chosen": "2", "rejected": "three"}
+    ended = {"prompt": "Two?", "chosen": "2<|end|>\n", "rejected": "three <|end|>"}
+
+    (first, second), _ = read_pairs(write_lines(tmp_path / "p.jsonl", row, ended), *loaded, 200)
+
+    assert first == second
+
+
 def test_openais_tools_stand_beside_the_messages():
     tools = [{"type": "function"}]
 
     assert template_columns("here", {"input": {"messages": [], "tools": tools}}) == {"tools": tools}
+    assert template_columns("here", {"tools": ['{"type": "function"}']}) == {"tools": tools}
     assert template_columns("here", {"tools": None, "chat_template_kwargs": None}) == {}
 
 
