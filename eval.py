@@ -96,7 +96,7 @@ def evaluate_win_rate():
     if scores["accuracy"] is not None:
         truth += f"accuracy {text['accuracy']} %, "
     if scores["followed"] is not None:
-        truth += f"followed {text['followed']} % (in part {text['followed_share']} %), "
+        truth += f"followed {text['followed']} % (share {text['followed_share']} %), "
     print(
         f"win rate {text['win_rate']} % ({text['win_rate_ci']}), "
         f"length-controlled {text['lc_win_rate']} %, {truth}"

@@ -232,7 +232,7 @@ def test_instructions_are_counted_beside_right_answers_and_can_evaluate(tmp_path
     half = 1.96 * statistics.stdev([100, 0, 0]) / 3**0.5
     assert scores["followed_ci"] == pytest.approx([100 / 3 - half, 100 / 3 + half])
     printed = capsys.readouterr().out
-    assert "accuracy 50.00 %, followed 33.33 % (in part 50.00 %), " in printed
+    assert "accuracy 50.00 %, followed 33.33 % (share 50.00 %), " in printed
     assert "by answer ->" in printed
 
     # where prompts carry neither, there is neither

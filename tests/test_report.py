@@ -720,6 +720,21 @@ def test_records_may_lack_ids_and_the_truth(tmp_path):
     assert page.tables[1][1][2:] == ["1", "0.000", "-", "-", "81%"]
 
 
+def test_instructions_followed_stand_beside_accuracy_and_are_drawn(tmp_path):
+    followed = {"followed": 41.5, "followed_ci": [35.0, 48.0], "followed_share": 62.5}
+    run = build_run(tmp_path / "run", T=1, **followed)
+
+    printed, page = make_report(run)
+
+    assert "accuracy  followed  share followed    tokens" in printed.splitlines()[0]
+    assert printed_row(printed, "run", 1)[2:5] == ["81.7%", "41.5%", "62.5%"]
+    assert page.tables[0][1][4:7] == ["accuracy", "followed", "share followed"]
+    assert page.tables[0][2][5:7] == ["41.5%35.0 – 48.0%", "62.5%"]
+    assert "followed %, the truth" in page.text
+    labels = [attributes.get("aria-label") for attributes in page.tags("svg")]
+    assert "run from 41.5 to 41.5" in labels
+
+
 def test_a_run_without_scores_and_a_broken_file_are_refused_in_one_line(tmp_path):
     done = run("-m", "nanoaipo.report", tmp_path / "nowhere")
     assert done.stderr.strip().endswith("has iterate.sh evaluated an iteration?")

@@ -6,8 +6,9 @@
         the same of one run; its report.html lies in out/tiny_aipo/
 
 Win rate is the judge's word, against the first policy; accuracy the truth where prompts carry
-answers. The figures are AIPO's (2409.08845). Benchmarks' scores (eval.py --bench=...) show up too
-if they lie in iter_T/.
+answers, "followed" and "share followed" where they carry instructions: all of a prompt's, and their
+share. The figures are AIPO's (2409.08845). Benchmarks' scores (eval.py --bench=...) show up too if
+they lie in iter_T/.
 """
 
 import os

@@ -60,6 +60,7 @@ MARKS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼"}
 INK = "#010203"
 COLORED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 PAGE_RC = dict.fromkeys([*COLORED, "grid.color"], INK)
+TRUTHS = ("accuracy", "followed", "followed_share")  # what prompts' answers say, whoever judges
 MAX_DOTS = 2000  # of the panels of a figure together
 
 
@@ -108,7 +109,7 @@ def metric_title(source, field):
     if field in LENGTH:
         name += " per answer"
 
-    if field == "accuracy":
+    if field in TRUTHS:
         return f"{name}, the truth"
     if source.bench != "win_rate":
         return f"{name}, {source.bench} by {source.judge}"
@@ -356,10 +357,12 @@ def differing_settings(runs):
 def draw_pngs(runs, folder):
     """Draw iterations.png and length.png, those for which there is data; return their paths.
 
-    They show win rate, accuracy and length of eval.json, or all metrics where there is none.
+    They show win rate, accuracy, instructions followed and length of eval.json, or all metrics
+    where there is none.
     """
     metrics = [c for c in columns(runs) if c.field in PERFORMANCE or c.field in LENGTH]
-    judged = [c for c in metrics if c.source.bench == "win_rate" and c.field != "lc_win_rate"]
+    judged = [c for c in metrics if c.source.bench == "win_rate"]
+    judged = [c for c in judged if c.field not in ("lc_win_rate", "followed_share")]
     metrics = judged or metrics
     performance = [c for c in metrics if c.field in PERFORMANCE]
 

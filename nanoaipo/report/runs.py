@@ -30,6 +30,8 @@ PERFORMANCE = {
     "win_rate": ("win rate", ".1f%"),
     "lc_win_rate": ("LC win rate", ".1f%"),
     "accuracy": ("accuracy", ".1f%"),
+    "followed": ("followed", ".1f%"),
+    "followed_share": ("share followed", ".1f%"),
     "score": ("score", ".2f"),
 }
 LENGTH = {
