@@ -8,16 +8,27 @@ from nanoaipo.errors import InputError, reason_of
 
 def check_has_model(name, setting="model"):
     """Raise InputError for a folder or hub model that holds an adapter and no model."""
+    adapter_config = find_file(name, "adapter_config.json")
     if find_file(name, "config.json"):
+        if not holds_only_adapter(name):
+            return
+    elif adapter_config is None:
         return
-    path = find_file(name, "adapter_config.json")
-    if path is None:
-        return
-    base = read_json(path).get("base_model_name_or_path") or "which it does not name"
+
+    base = "which it does not name"
+    if adapter_config is not None:
+        base = read_json(adapter_config).get("base_model_name_or_path") or base
     raise InputError(
         f"--{setting}={name}: an adapter and no model; first merge it into its base ({base}), "
         "with peft's merge_and_unload"
     )
+
+
+def holds_only_adapter(name):
+    """Whether a folder's safetensors are an adapter's alone; of a hub model it is not asked."""
+    if not os.path.exists(os.path.join(name, "adapter_model.safetensors")):
+        return False
+    return not weight_file_names(name)
 
 
 def check_not_quantized(name, setting="model"):

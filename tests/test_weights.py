@@ -385,4 +385,14 @@ def test_a_folder_that_holds_an_adapter_and_no_model_names_its_base(tiny_model, 
     (tmp_path / "config.json").write_text("{}")
     check_has_model(tmp_path)
     check_has_model(tmp_path / "nowhere")
+
+    # Nor does config.json make a model of an adapter's weights; with a model beside them it is one
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(InputError, match=r"an adapter and no model; .* its base \(org/base\)"):
+        check_has_model(tmp_path)
+    adapter.unlink()
+    with pytest.raises(InputError, match="which it does not name"):
+        check_has_model(tmp_path)
+    (tmp_path / "model-1.safetensors").touch()
+    check_has_model(tmp_path)
     check_has_model(tiny_model)
