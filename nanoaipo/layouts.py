@@ -14,7 +14,7 @@ from array import array
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from nanoaipo.errors import InputError
+from nanoaipo.errors import InputError, reason_of
 from nanoaipo.packing import HARMLESS, pack, packed_sdpa
 
 # ---- the parts of a model ----
@@ -77,6 +77,17 @@ def rope_by_row(lm):
     for name in moving_ropes(lm):
         rope = lm.get_submodule(name)
         lm.set_submodule(name, RopeByRow(rope))
+
+
+def shares_layers(lm):
+    """Whether two decoder layers hold the same weight (Zamba), which FSDP would train as two."""
+    seen = set()
+    for layer in decoder_layers(lm):
+        ids = {id(parameter) for parameter in layer.parameters()}
+        if ids & seen:
+            return True
+        seen |= ids
+    return False
 
 
 # ---- the layout: a dry run ----
@@ -158,7 +169,13 @@ def mixes_tokens(lm):
 
 
 def missed_calls(lm, calls):
-    """What of this model's attention the calls did not show; "" if they showed all."""
+    """What of this model's attention our function would not do; "" if it would do all."""
+    # Ours looks back only, whatever the model wants; check_causal will see what that is
+    wants_causal = getattr(lm.config, "is_causal", True) is not False
+    for call in calls:
+        if not wants_causal or getattr(call["module"], "is_causal", True) is False:
+            return "attention that looks ahead"
+
     called = {call["module"] for call in calls}
     windowed = set()
     for call in calls:
@@ -197,6 +214,60 @@ def own_attention(config, calls):
     if getattr(config, "attn_logit_softcapping", None):
         return "eager"
     return None
+
+
+# ---- is it causal? ----
+
+# Longer than the chunks that published models cut a row into, and no multiple of any
+PROBE_LENGTH = 67
+
+
+def check_causal(policy, name):
+    """Raise InputError if a token changes what the loaded policy predicts before it.
+
+    Packed rows are causal by our attention functions; in padded ones the model's own attention may
+    look ahead (XLM, XLNet, CpmAnt). All processes have to call this: their weights are gathered.
+    """
+    if policy.kernel != "padded":
+        return
+    config = policy.lm.config
+    length = PROBE_LENGTH
+    n_positions = getattr(config, "max_position_embeddings", None) or 0
+    if 0 < n_positions <= length:
+        length = n_positions - 1  # behind the prompt's one token
+
+    # Two responses that differ in one token, in the middle
+    ids = [i % config.vocab_size for i in range(length)]
+    changed = length // 2
+    others = list(ids)
+    others[changed] = 0
+    pair = {
+        "prompt_ids": array("i", [0]),
+        "chosen_ids": array("i", ids),
+        "rejected_ids": array("i", others),
+    }
+    row, _, _ = pack([pair], policy.kernel)
+    row = {key: value.to(next(policy.parameters()).device) for key, value in row.items()}
+    architecture = policy.lm.__class__.__name__
+    try:
+        with torch.no_grad():
+            logp = policy(**row)
+    except Exception as e:  # an architecture's own code can fail in any way
+        raise InputError(
+            f"--model={name}: architecture {architecture} is not supported "
+            f"(its forward pass fails on padded rows: {reason_of(e)})"
+        ) from e
+    policy.reshard()  # without backward the root stays gathered
+
+    # Rounding is far below what a change does; what looks ahead, it moves about as much as the rest
+    difference = (logp[:length] - logp[length:]).abs()  # (length,)
+    before = difference[:changed].max()
+    after = difference[changed + 1 :].max()
+    if before > 0.1 * after:
+        raise InputError(
+            f"--model={name}: architecture {architecture} is not causal: "
+            "what it predicts depends on later tokens"
+        )
 
 
 # ---- the logits ----

@@ -104,6 +104,11 @@ def build_policy(
             f"--model={name}: architecture {lm.__class__.__name__} is not supported "
             "(its head or its layers)"
         )
+    if layouts.shares_layers(lm):
+        raise InputError(
+            f"--model={name}: architecture {lm.__class__.__name__} is not supported "
+            "(its layers share weights)"
+        )
     factor, softcap = layouts.logit_shape(lm, name)
     make_buffers(lm, device, name)
     layouts.rope_by_row(lm)

@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from nanoaipo import layouts
 from nanoaipo.errors import InputError, reason_of
 from nanoaipo.model_folders import check_not_quantized, quantization_error, weight_file_names
 
@@ -37,7 +38,8 @@ def load_weights(policy, name, seed=0):
     """Fill the policy from safetensors: every process reads the rows of each weight that it holds.
 
     Adapters start as in LoRA: A random, from the seed, and B zero, so that the policy is the model
-    it starts from. Raises InputError for a weight that is missing, quantized, or of another shape.
+    it starts from. Raises InputError for a weight that is missing, quantized, or of another shape,
+    and for a model that is not causal.
     """
     check_not_quantized(name)
     stored = StoredWeights(policy.lm, local_folder(name))
@@ -70,6 +72,8 @@ def load_weights(policy, name, seed=0):
 
     # save_policy undoes what was done to the names of these files, as transformers does
     policy.lm._weight_conversions = stored.used_conversions()
+
+    layouts.check_causal(policy, name)
 
 
 def stores_head(name):

@@ -323,6 +323,41 @@ def test_what_is_no_language_model_is_refused(mesh, tmp_path):
         build(tmp_path / "model", mesh)
 
 
+LOOKING_AHEAD = {
+    "XLM": ("XLM", {"emb_dim": 32, "n_layers": 2, "n_heads": 4}),
+    "CpmAnt": ("CpmAnt", {"dim_head": 8, "dim_ff": 64}),
+    "Llama as an encoder": ("Llama", {"is_causal": False}),
+    "Gemma 3 as an encoder": ("Gemma3Text", {"head_dim": 8, "use_bidirectional_attention": True}),
+    "BertGeneration as an encoder": ("BertGeneration", {"is_decoder": False}),
+}
+
+
+@pytest.mark.parametrize("family", LOOKING_AHEAD)
+def test_a_model_that_looks_ahead_is_refused(family, mesh, tmp_path):
+    architecture, config = LOOKING_AHEAD[family]
+    save_family(tmp_path / "model", architecture, config)
+
+    with pytest.raises(InputError, match=r"architecture \w+ is not causal: what it predicts"):
+        build(tmp_path / "model", mesh)
+
+
+def test_layers_that_share_weights_are_refused(mesh, tmp_path):
+    layers = ["mamba", "hybrid", "mamba", "hybrid"]
+    shared = {"layers_block_type": layers, "num_hidden_layers": 4, "tie_word_embeddings": True}
+    save_family(tmp_path / "model", "Zamba2", MAMBA | {"n_mamba_heads": 8} | shared)
+
+    with pytest.raises(InputError, match="Zamba2ForCausalLM is not supported .*share weights"):
+        build(tmp_path / "model", mesh)
+
+
+def test_a_model_that_does_not_take_any_length_is_refused(mesh, tmp_path):
+    chunked = {"attn_layers": ["local"], "axial_pos_embds": False, "attention_head_size": 8}
+    save_family(tmp_path / "model", "Reformer", chunked | {"is_decoder": True})
+
+    with pytest.raises(InputError, match="ReformerModelWithLMHead is not supported .*length 68"):
+        build(tmp_path / "model", mesh)
+
+
 def test_of_a_model_that_also_sees_the_text_part_is_built(mesh, tmp_path):
     text = SMALL | WINDOWED_FIRST | {"head_dim": 8, "attention_dropout": 0.5}
     transformers.Gemma3Config(text_config=text).save_pretrained(tmp_path / "model")

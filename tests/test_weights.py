@@ -87,6 +87,7 @@ def empty_policy(config, mesh, lora_rank=0):
         lm = add_adapters(lm, lora_rank, 16.0, torch.float32)
     policy = torch.nn.Module()
     policy.lm = lm
+    policy.kernel = "packed_sdpa"  # as most are; of a padded one load_weights computes a row
     return fully_shard(policy, mesh=mesh)
 
 
