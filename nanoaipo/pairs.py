@@ -1,4 +1,4 @@
-"""Pairs of any layout (nanoaipo/messages.py) to token ids ready for training."""
+"""Pairs of any layout (nanoaipo/rows.py) to token ids ready for training."""
 
 import array
 
@@ -7,14 +7,9 @@ from jinja2 import TemplateError
 from nanoaipo.chat import control_pattern, render, render_response
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
-from nanoaipo.messages import (
-    Dropped,
-    UnusableRow,
-    pair_messages,
-    template_columns,
-    without_end_marks,
-)
+from nanoaipo.messages import Dropped, UnusableRow, template_columns
 from nanoaipo.processes import print0
+from nanoaipo.rows import pair_messages, without_end_marks
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 

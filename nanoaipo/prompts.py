@@ -1,17 +1,15 @@
-"""People's files of prompts and candidates (layouts: nanoaipo/messages.py), to our records."""
+"""People's files of prompts and candidates (layouts: nanoaipo/rows.py), to our records."""
 
 import hashlib
 import json
 
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
-from nanoaipo.messages import (
+from nanoaipo.messages import UnusableRow, as_messages, found_field
+from nanoaipo.rows import (
     CHOSEN_FIELDS,
     PROMPT_FIELDS,
     REJECTED_FIELDS,
-    UnusableRow,
-    as_messages,
-    found_field,
     pair_messages,
     prompt_messages,
     turn_texts,

@@ -8,15 +8,9 @@ from test_files import write_lines
 
 from nanoaipo import chat
 from nanoaipo.errors import InputError
-from nanoaipo.messages import (
-    Dropped,
-    UnusableRow,
-    as_messages,
-    pair_messages,
-    prompt_messages,
-    template_columns,
-)
+from nanoaipo.messages import Dropped, UnusableRow, as_messages, template_columns
 from nanoaipo.pairs import read_pairs
+from nanoaipo.rows import pair_messages, prompt_messages
 
 
 def user(text):
