@@ -4,11 +4,12 @@ import array
 
 from jinja2 import TemplateError
 
-from nanoaipo.chat import control_pattern, render, render_response
+from nanoaipo.chat import control_pattern, render
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
 from nanoaipo.messages import Dropped, UnusableRow, template_columns
 from nanoaipo.processes import print0
+from nanoaipo.response_text import Template, render_response
 from nanoaipo.rows import pair_messages, without_end_marks
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -77,13 +78,12 @@ def render_pair(where, row, tokenizer, eos_ids, control, arguments):
                 "chat template already, give the messages instead",
             )
 
+    template = Template(tokenizer, control, arguments, where)
     try:
         prompt_ids = render(tokenizer, prompt, where, arguments=arguments)
         ids = {"prompt_ids": prompt_ids}
         for name, response in (("chosen_ids", chosen), ("rejected_ids", rejected)):
-            ids[name] = render_response(
-                tokenizer, eos_ids, control, prompt, prompt_ids, response, arguments, where
-            )
+            ids[name] = render_response(template, eos_ids, prompt, prompt_ids, response)
     except InputError as e:
         reason = "rewritten"
         if isinstance(e.__cause__, TemplateError):

@@ -1,4 +1,4 @@
-"""Messages to token ids. What training makes of them: test_train.py."""
+"""Messages, and responses given as text, to ids. What training makes of them: test_train.py."""
 
 import datetime
 import json
@@ -23,6 +23,7 @@ from transformers.utils import chat_template_utils
 
 from nanoaipo import chat
 from nanoaipo.errors import InputError
+from nanoaipo.response_text import RewrittenError, Template, render_response
 
 QUESTION = [{"role": "user", "content": "is it?"}]
 
@@ -86,11 +87,10 @@ def written(template, content, arguments=None, prompt=QUESTION, **keys):
     prompt_ids = chat.render(tokenizer, prompt, "here", arguments=arguments)
     response = [{"role": "assistant", "content": content, **keys}]
     eos_ids = {tokenizer.eos_token_id}
+    chat_template = Template(tokenizer, control, arguments, "here")
     try:
-        ids = chat.render_response(
-            tokenizer, eos_ids, control, prompt, prompt_ids, response, arguments, "here"
-        )
-    except chat.RewrittenError as e:
+        ids = render_response(chat_template, eos_ids, prompt, prompt_ids, response)
+    except RewrittenError as e:
         assert str(e).startswith("here: ")
         return tokenizer.decode(prompt_ids), None
     return tokenizer.decode(prompt_ids), tokenizer.decode(ids)
@@ -179,10 +179,11 @@ def test_a_thought_under_a_key_where_the_template_thinks_not_is_noticed():
 def test_a_response_without_the_thought_that_the_template_opens_is_told_what_to_do():
     tokenizer = build_tokenizer(R1_DISTILL, "<|pad|>")
     control = chat.control_pattern(tokenizer)
+    chat_template = Template(tokenizer, control, {}, "here")
     response = [{"role": "assistant", "content": "yes"}]
 
-    with pytest.raises(chat.RewrittenError) as refusal:
-        chat.render_response(tokenizer, {1}, control, QUESTION, [], response)
+    with pytest.raises(RewrittenError) as refusal:
+        render_response(chat_template, {1}, QUESTION, [], response)
 
     # and what it says helps
     message = str(refusal.value)
@@ -198,6 +199,7 @@ def test_a_response_without_the_thought_that_the_template_opens_is_told_what_to_
 def test_responses_that_spell_control_tokens_end_as_others_do(template, content):
     tokenizer = build_tokenizer(template, "<|pad|>")
     control = chat.control_pattern(tokenizer)
+    chat_template = Template(tokenizer, control, {}, "here")
     prompt_ids = chat.render(tokenizer, QUESTION, "here")
     end = tokenizer.eos_token_id
     other = tokenizer.pad_token_id
@@ -207,7 +209,7 @@ def test_responses_that_spell_control_tokens_end_as_others_do(template, content)
     tails = []
     for text in ("plain", content):
         response = [{"role": "assistant", "content": text}]
-        ids = chat.render_response(tokenizer, {end, other}, control, QUESTION, prompt_ids, response)
+        ids = render_response(chat_template, {end, other}, QUESTION, prompt_ids, response)
         tails.append(ids[ids.index(end) :])
         assert other not in ids
         assert ids.count(end) == 1
