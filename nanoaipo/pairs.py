@@ -2,8 +2,6 @@
 
 import array
 
-from jinja2 import TemplateError
-
 from nanoaipo.chat import control_pattern, render
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
@@ -84,11 +82,10 @@ def render_pair(where, row, tokenizer, eos_ids, control, arguments):
         ids = {"prompt_ids": prompt_ids}
         for name, response in (("chosen_ids", chosen), ("rejected_ids", rejected)):
             ids[name] = render_response(template, eos_ids, prompt, prompt_ids, response)
+    except UnusableRow:  # what render_response says of a response
+        raise
     except InputError as e:
-        reason = "rewritten"
-        if isinstance(e.__cause__, TemplateError):
-            reason = "refused_by_template"
-        raise UnusableRow(reason, str(e)) from e
+        raise UnusableRow("refused_by_template", str(e)) from e
     return ids
 
 

@@ -28,8 +28,7 @@ import os
 import re
 
 from nanoaipo.chat import shield, shielded_ids, unused_name, with_stand_ins, written_by_template
-from nanoaipo.errors import InputError
-from nanoaipo.messages import found_field
+from nanoaipo.messages import UnusableRow, found_field
 from nanoaipo.thoughts import (
     begins_thought,
     closes_thought,
@@ -42,10 +41,6 @@ from nanoaipo.thoughts import (
 
 # keys of a message under which people and templates have a thought
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
-
-
-class RewrittenError(InputError):
-    """A chat template would not write a response as it was given."""
 
 
 @dataclasses.dataclass
@@ -78,10 +73,10 @@ def render_response(template, eos_ids, prompt, prompt_ids, response):
     the content of the response, or under one of THOUGHT_KEYS. The ids end as the template ends a
     turn; an end token is added only where the template has none.
 
-    Raises RewrittenError where the template would not write the response so: it rewrites the
-    answer, it opens a thought and the response has none, it closes one and the response thinks
-    again, or the response is a thought without an answer. Raises InputError if it refuses the
-    conversation. Both name the template's `where`.
+    Raises UnusableRow where the template would not write the response so: it rewrites the answer
+    (reason rewritten), it opens a thought and the response has none (no_thought), it closes one and
+    the response thinks again (unwanted_thought), or the response is a thought without an answer
+    (no_answer). Raises InputError if it refuses the conversation. Both name the template's `where`.
     """
     # 1. the prompt; text that spells control tokens goes as a stand-in, see chat.py
     name = unused_name(prompt + response)
@@ -110,7 +105,7 @@ def render_response(template, eos_ids, prompt, prompt_ids, response):
     if written is None:
         written = framed(template, prompt, in_content, name)
     if written is None or not holds(written, parts, opens_thought(before)):
-        raise RewrittenError(f"{template.where}: {why_no_place(before, parts.thought)}")
+        raise no_place(template.where, before, parts.thought)
 
     # 6. read behind the prompt, unless that changes the prompt's own tokens
     ids = shielded_ids(template.tokenizer, before + written, name)
@@ -157,13 +152,14 @@ def parts_of(message, before):
 
 
 def check_parts(where, parts, before):
-    """Raise RewrittenError for a response that no template can write behind this prompt."""
+    """Raise UnusableRow for a response that no template can write behind this prompt."""
     if parts.thought is not None and not parts.answer.strip():
-        raise RewrittenError(f"{where}: the response is a thought without an answer")
+        raise UnusableRow("no_answer", f"{where}: the response is a thought without an answer")
     if parts.thought and closes_thought(before):
-        raise RewrittenError(
+        raise UnusableRow(
+            "unwanted_thought",
             f"{where}: the response thinks, and the template tells the model not to "
-            "(--template_kwargs)"
+            "(--template_kwargs)",
         )
 
 
@@ -184,7 +180,7 @@ def written_behind(template, prompt, before, replies, parts):
     """What the template writes behind a rendered prompt for the first of the replies that fits.
 
     None where none does: a template that drops thoughts, or that writes a turn otherwise when it is
-    not the last. Raises RewrittenError if the answer is in none of what it writes.
+    not the last. Raises UnusableRow if the answer is in none of what it writes.
     """
     texts = []
     for reply in replies:
@@ -195,7 +191,9 @@ def written_behind(template, prompt, before, replies, parts):
             return written
 
     if not any(parts.answer.strip() in text for text in texts):
-        raise RewrittenError(f"{template.where}: this model's chat template rewrites the response")
+        raise UnusableRow(
+            "rewritten", f"{template.where}: this model's chat template rewrites the response"
+        )
     return None
 
 
@@ -283,16 +281,20 @@ def without_opened_mark(content, opening):
     return content[len(os.path.commonprefix([space, content])) :]
 
 
-def why_no_place(before, thought):
-    """Why a template cannot write a response behind a rendered prompt, and what to do."""
+def no_place(where, before, thought):
+    """The error of a response that the template writes nowhere behind a rendered prompt."""
     if opens_thought(before) and thought is None:
         begins, ends = marks_at_end(before)
-        return (
-            "this model's chat template opens a thought, and the response has none: begin it with "
-            f"one (an empty one is {begins}\\n\\n{ends}\\n\\n), or let --template_kwargs turn "
-            "thinking off"
+        return UnusableRow(
+            "no_thought",
+            f"{where}: this model's chat template opens a thought, and the response has none: "
+            f"begin it with one (an empty one is {begins}\\n\\n{ends}\\n\\n), or let "
+            "--template_kwargs turn thinking off",
         )
-    return "this model's chat template leaves no place for the response's thought"
+    return UnusableRow(
+        "rewritten",
+        f"{where}: this model's chat template leaves no place for the response's thought",
+    )
 
 
 # ------------------------------------------------------------------------------- 6. the end token

@@ -23,7 +23,8 @@ from transformers.utils import chat_template_utils
 
 from nanoaipo import chat
 from nanoaipo.errors import InputError
-from nanoaipo.response_text import RewrittenError, Template, render_response
+from nanoaipo.messages import UnusableRow
+from nanoaipo.response_text import Template, render_response
 
 QUESTION = [{"role": "user", "content": "is it?"}]
 
@@ -90,7 +91,7 @@ def written(template, content, arguments=None, prompt=QUESTION, **keys):
     chat_template = Template(tokenizer, control, arguments, "here")
     try:
         ids = render_response(chat_template, eos_ids, prompt, prompt_ids, response)
-    except RewrittenError as e:
+    except UnusableRow as e:
         assert str(e).startswith("here: ")
         return tokenizer.decode(prompt_ids), None
     return tokenizer.decode(prompt_ids), tokenizer.decode(ids)
@@ -182,7 +183,7 @@ def test_a_response_without_the_thought_that_the_template_opens_is_told_what_to_
     chat_template = Template(tokenizer, control, {}, "here")
     response = [{"role": "assistant", "content": "yes"}]
 
-    with pytest.raises(RewrittenError) as refusal:
+    with pytest.raises(UnusableRow) as refusal:
         render_response(chat_template, {1}, QUESTION, [], response)
 
     # and what it says helps

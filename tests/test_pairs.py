@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from conftest import build_model
+from conftest import PLAIN, build_model, build_tokenizer
+from templates import DEEPSEEK_V31, R1_DISTILL
 from test_files import write_lines
 
 from nanoaipo import chat
@@ -30,6 +31,7 @@ YES, NO = answer("2"), answer("three")
 TALK = [user("Hi."), answer("Hello."), QUESTION]
 SYSTEM = system("Be brief.")
 HH = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Two?\n\nAssistant:"
+SHOUTING = PLAIN.replace("m['content']", "m['content'].upper()")
 
 
 @pytest.fixture(scope="module")
@@ -367,6 +369,26 @@ def test_a_prompt_that_the_template_refuses_is_dropped(tmp_path):
 
     assert counts["pairs"] == len(pairs) == 1
     assert counts["refused_by_template"] == 1
+
+
+@pytest.mark.parametrize(
+    "template, chosen, reason",
+    [
+        pytest.param(R1_DISTILL, "2", "no_thought", id="it has to think"),
+        pytest.param(R1_DISTILL, "<think>so</think>", "no_answer", id="it only thinks"),
+        pytest.param(DEEPSEEK_V31, "<think>so</think>2", "unwanted_thought", id="it may not think"),
+        pytest.param(SHOUTING, "two", "rewritten", id="its words are changed"),
+    ],
+)
+def test_a_response_that_the_template_would_not_write_so_is_dropped(
+    template, chosen, reason, tmp_path
+):
+    tokenizer = build_tokenizer(template, "<|pad|>")
+    row = {"prompt": "Two?", "chosen": chosen, "rejected": "three"}
+    path = write_lines(tmp_path / "pairs.jsonl", row)
+
+    with pytest.raises(InputError, match=rf"no pair is left to train on \(1 {reason} \("):
+        read_pairs(path, tokenizer, {tokenizer.eos_token_id}, 200)
 
 
 def test_tools_and_template_settings_of_a_row_and_of_the_run_reach_the_template(loaded, tmp_path):
