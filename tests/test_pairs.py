@@ -26,11 +26,19 @@ def answer(text):
     return {"role": "assistant", "content": text}
 
 
-QUESTION = user("Two?")
-YES, NO = answer("2"), answer("three")
-TALK = [user("Hi."), answer("Hello."), QUESTION]
+# what is asked and answered in every layout
 SYSTEM = system("Be brief.")
+QUESTION = user("Two?")
+YES = answer("2")
+NO = answer("three")
+ANSWERS = {"chosen": "2", "rejected": "three"}
+PAIR = {"prompt": "Two?", "chosen": "2", "rejected": "three"}
+
+# the same with a turn before the question
+TALK = [user("Hi."), answer("Hello."), QUESTION]
+HISTORY = [["Hi.", "Hello."]]
 HH = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Two?\n\nAssistant:"
+
 SHOUTING = PLAIN.replace("m['content']", "m['content'].upper()")
 
 
@@ -101,139 +109,113 @@ def test_what_is_no_message_of_text_is_refused_by_name(value, reason, message):
 
 # ------------------------------------------------------------------------------------------- pairs
 
-LAYOUTS = {  # name: (row, the prompt that is asked)
-    "texts": ({"prompt": "Two?", "chosen": "2", "rejected": "three"}, [QUESTION]),
-    "messages": ({"prompt": TALK, "chosen": [YES], "rejected": [NO]}, TALK),
-    "one message each": ({"prompt": [QUESTION], "chosen": YES, "rejected": NO}, [QUESTION]),
-    "prompt repeated": ({"prompt": TALK, "chosen": TALK + [YES], "rejected": TALK + [NO]}, TALK),
-    "no prompt": ({"chosen": TALK + [YES], "rejected": TALK + [NO]}, TALK),
-    "first question": ({"prompt": "Hi. ", "chosen": TALK + [YES], "rejected": TALK + [NO]}, TALK),
-    "last question": ({"prompt": "Two?", "chosen": TALK + [YES], "rejected": TALK + [NO]}, TALK),
-    "system in both": (
-        {"prompt": "Two?", "chosen": [SYSTEM, QUESTION, YES], "rejected": [SYSTEM, QUESTION, NO]},
-        [SYSTEM, QUESTION],
-    ),
-    "system in the prompt alone": (
-        {"prompt": [SYSTEM, QUESTION], "chosen": [QUESTION, YES], "rejected": [QUESTION, NO]},
-        [SYSTEM, QUESTION],
-    ),
-    "chosen a conversation, rejected a text": (
-        {"prompt": "Two?", "chosen": [SYSTEM, QUESTION, YES], "rejected": "three"},
-        [SYSTEM, QUESTION],
-    ),
-    "messages that are the chosen conversation": (
-        {"messages": [QUESTION, YES], "chosen": [QUESTION, YES], "rejected": [QUESTION, NO]},
-        [QUESTION],
-    ),
-    "openai": (
-        {
-            "input": {"messages": TALK, "tools": [], "parallel_tool_calls": True},
-            "preferred_output": [YES],
-            "non_preferred_output": [NO],
-        },
-        TALK,
-    ),
-    "hh": ({"chosen": HH + " 2", "rejected": HH + " three"}, TALK),
-    "hh with a prompt": ({"prompt": HH, "chosen": "2", "rejected": "three"}, TALK),
-    "orca": (
-        {"system": "Be brief.", "question": "Two?", "chosen": "2", "rejected": "three"},
-        [SYSTEM, QUESTION],
-    ),
-    "orca without a system message": (
-        {"system": "", "question": "Two?", "chosen": "2", "rejected": "three"},
-        [QUESTION],
-    ),
-    "alpaca": (
-        {"instruction": "Add.", "input": "1 1", "chosen": "2", "rejected": "three"},
-        [user("Add.\n\n1 1")],
-    ),
-    "alpaca with its output": (
-        {"instruction": "Two?", "input": "", "output": "2", "rejected": "three"},
-        [QUESTION],
-    ),
-    "sharegpt": (
-        {
-            "conversations": [{"from": "human", "value": "Two?"}],
-            "chosen": {"from": "gpt", "value": "2"},
-            "rejected": {"from": "gpt", "value": "three"},
-        },
-        [QUESTION],
-    ),
-    "sharegpt's names as roles": (
-        {
-            "prompt": [{"role": "human", "content": "Two?"}],
-            "chosen": [{"role": "gpt", "content": "2"}],
-            "rejected": [{"role": "gpt", "content": "three"}],
-        },
-        [QUESTION],
-    ),
-    "alpaca with a history": (
-        {
-            "instruction": "Two?",
-            "input": "",
-            "history": [["Hi.", "Hello."]],
-            "chosen": "2",
-            "rejected": "three",
-        },
-        TALK,
-    ),
-    "a history of messages": (
-        {"prompt": "Two?", "history": TALK[:2], "chosen": "2", "rejected": "three"},
-        TALK,
-    ),
-    "ms-swift's older files": (
-        {
-            "system": "Be brief.",
-            "query": "Two?",
-            "response": "2",
-            "rejected_response": "three",
-            "history": [["Hi.", "Hello."]],
-        },
-        [SYSTEM] + TALK,
-    ),
-    "ms-swift": (
-        {"messages": [SYSTEM, QUESTION, YES], "rejected_response": "three"},
-        [SYSTEM, QUESTION],
-    ),
-    "ms-swift with both as messages": (
-        {"messages": TALK + [YES], "rejected_messages": [NO]},
-        TALK,
-    ),
-    "llama-factory's parts": (
-        {
-            "chosen_messages": [
-                {"role": "user", "content": [{"type": "text", "value": "Two?"}]},
-                {"role": "assistant", "content": [{"type": "text", "value": "2"}]},
-            ],
-            "rejected_messages": [
-                {"role": "user", "content": [{"type": "text", "value": "Two?"}]},
-                {"role": "assistant", "content": [{"type": "text", "value": "three"}]},
-            ],
-        },
-        [QUESTION],
-    ),
-    "stack exchange": (
-        {"question": "Two?", "response_j": "2", "response_k": "three"},
-        [QUESTION],
-    ),
-    "answers with the end tokens of other models": (
-        {"prompt": "Two?", "chosen": "2<|im_end|>\n<|endoftext|>", "rejected": "three </s>"},
-        [QUESTION],
-    ),
-    "columns of other rows": (
-        {"prompt": None, "messages": None, "question": "Two?", "chosen": "2", "rejected": "three"},
-        [QUESTION],
-    ),
+OBEY = [SYSTEM, QUESTION]
+LISTS = {"prompt": TALK, "chosen": [YES], "rejected": [NO]}
+ONE_MESSAGE = {"prompt": [QUESTION], "chosen": YES, "rejected": NO}
+NULLS = {"prompt": None, "messages": None, "question": "Two?"} | ANSWERS
+ENDED = {"prompt": "Two?", "chosen": "2<|im_end|>\n<|endoftext|>", "rejected": "three </s>"}
+
+# conversations, which begin with the prompt
+BOTH_TALK = {"chosen": [*TALK, YES], "rejected": [*TALK, NO]}
+BOTH_ASK = {"chosen": [QUESTION, YES], "rejected": [QUESTION, NO]}
+BOTH_OBEY = {"chosen": [*OBEY, YES], "rejected": [*OBEY, NO]}
+ONE_OBEYS = {"chosen": [*OBEY, YES], "rejected": "three"}
+AS_MESSAGES = {"messages": [QUESTION, YES]} | BOTH_ASK
+
+
+@pytest.mark.parametrize(
+    "row, prompt",
+    [
+        pytest.param(PAIR, [QUESTION], id="all are texts"),
+        pytest.param(LISTS, TALK, id="all are lists of messages"),
+        pytest.param(ONE_MESSAGE, [QUESTION], id="an answer is one message"),
+        pytest.param(BOTH_TALK, TALK, id="no column holds the prompt"),
+        pytest.param(BOTH_TALK | {"prompt": TALK}, TALK, id="answers repeat the prompt"),
+        pytest.param(BOTH_TALK | {"prompt": "Hi. "}, TALK, id="the prompt is the first question"),
+        pytest.param(BOTH_TALK | {"prompt": "Two?"}, TALK, id="the prompt is the last question"),
+        pytest.param(BOTH_OBEY | {"prompt": "Two?"}, OBEY, id="both have the system message"),
+        pytest.param(ONE_OBEYS | {"prompt": "Two?"}, OBEY, id="one has it, the other is a text"),
+        pytest.param(BOTH_ASK | {"prompt": OBEY}, OBEY, id="the prompt alone has it"),
+        pytest.param(AS_MESSAGES, [QUESTION], id="messages repeat the chosen conversation"),
+        pytest.param(NULLS, [QUESTION], id="columns of other rows are null"),
+        pytest.param(ENDED, [QUESTION], id="answers have the end tokens of other models"),
+    ],
+)
+def test_texts_messages_and_conversations_are_a_prompt_and_one_answer_each(row, prompt):
+    assert pair_messages("here", row) == (prompt, [YES], [NO])
+
+
+# the files of others; a system message may stand in a column
+
+TOLD = {"system": "Be brief."}
+ANTHROPIC_HH = {"chosen": HH + " 2", "rejected": HH + " three"}
+OPENAI = {
+    "input": {"messages": TALK, "tools": [], "parallel_tool_calls": True},
+    "preferred_output": [YES],
+    "non_preferred_output": [NO],
+}
+ORCA = {"question": "Two?"} | ANSWERS
+STACK_EXCHANGE = {"question": "Two?", "response_j": "2", "response_k": "three"}
+
+ALPACA = {"instruction": "Add.", "input": "1 1"} | ANSWERS
+ALPACA_OUTPUT = {"instruction": "Two?", "input": "", "output": "2", "rejected": "three"}
+ALPACA_HISTORY = {"instruction": "Two?", "input": "", "history": HISTORY} | ANSWERS
+
+SHAREGPT = {
+    "conversations": [{"from": "human", "value": "Two?"}],
+    "chosen": {"from": "gpt", "value": "2"},
+    "rejected": {"from": "gpt", "value": "three"},
+}
+SHAREGPT_ROLES = {
+    "prompt": [{"role": "human", "content": "Two?"}],
+    "chosen": [{"role": "gpt", "content": "2"}],
+    "rejected": [{"role": "gpt", "content": "three"}],
+}
+
+MS_SWIFT = {"messages": [*OBEY, YES], "rejected_response": "three"}
+MS_SWIFT_MESSAGES = {"messages": [*TALK, YES], "rejected_messages": [NO]}
+MS_SWIFT_OLD = {"query": "Two?", "history": HISTORY, "response": "2", "rejected_response": "three"}
+
+
+def in_parts(role, text):
+    """A message as LLaMA-Factory writes it."""
+    return {"role": role, "content": [{"type": "text", "value": text}]}
+
+
+LLAMA_FACTORY = {
+    "chosen_messages": [in_parts("user", "Two?"), in_parts("assistant", "2")],
+    "rejected_messages": [in_parts("user", "Two?"), in_parts("assistant", "three")],
 }
 
 
-@pytest.mark.parametrize("row, prompt", LAYOUTS.values(), ids=LAYOUTS)
-def test_a_pair_of_any_layout_is_a_prompt_and_one_answer_each(row, prompt):
+@pytest.mark.parametrize(
+    "row, prompt",
+    [
+        pytest.param(ANTHROPIC_HH, TALK, id="HH has conversations in one text"),
+        pytest.param({"prompt": HH} | ANSWERS, TALK, id="HH has the prompt in one text"),
+        pytest.param(OPENAI, TALK, id="OpenAI has messages within input"),
+        pytest.param(ORCA | TOLD, OBEY, id="Orca has a system column"),
+        pytest.param(ORCA | {"system": ""}, [QUESTION], id="Orca has an empty system column"),
+        pytest.param(STACK_EXCHANGE, [QUESTION], id="StackExchange prefers j to k"),
+        pytest.param(ALPACA, [user("Add.\n\n1 1")], id="Alpaca has an input below"),
+        pytest.param(ALPACA_OUTPUT, [QUESTION], id="Alpaca has its output as the chosen answer"),
+        pytest.param(ALPACA_HISTORY, TALK, id="Alpaca has a history of pairs"),
+        pytest.param(PAIR | {"history": TALK[:2]}, TALK, id="a history is messages"),
+        pytest.param(SHAREGPT, [QUESTION], id="ShareGPT has from and value"),
+        pytest.param(SHAREGPT_ROLES, [QUESTION], id="ShareGPT has names of its own for roles"),
+        pytest.param(MS_SWIFT, OBEY, id="ms-swift ends messages with chosen"),
+        pytest.param(MS_SWIFT_MESSAGES, TALK, id="ms-swift has both answers as messages"),
+        pytest.param(MS_SWIFT_OLD, TALK, id="ms-swift had query and history"),
+        pytest.param(MS_SWIFT_OLD | TOLD, [SYSTEM, *TALK], id="ms-swift had a system column"),
+        pytest.param(LLAMA_FACTORY, [QUESTION], id="LLaMA-Factory has parts of text"),
+    ],
+)
+def test_a_pair_of_another_tools_file_is_a_prompt_and_one_answer_each(row, prompt):
     assert pair_messages("here", row) == (prompt, [YES], [NO])
 
 
 def test_what_ends_like_an_end_token_in_html_stays():
-    row = {"prompt": "Two?", "chosen": "<s>2</s>", "rejected": "three"}
+    row = PAIR | {"chosen": "<s>2</s>"}
 
     assert pair_messages("here", row) == ([QUESTION], [answer("<s>2</s>")], [NO])
 
@@ -251,10 +233,8 @@ def test_what_ends_like_an_end_token_in_html_stays():
     ],
 )
 def test_a_prompt_that_another_models_template_has_written_is_refused(prompt, mark):
-    row = {"prompt": prompt, "chosen": "2", "rejected": "three"}
-
     with pytest.raises(UnusableRow, match=f"'prompt' is rendered .*{mark}") as error:
-        pair_messages("here", row)
+        pair_messages("here", PAIR | {"prompt": prompt})
 
     assert error.value.reason == "rendered"
 
@@ -290,48 +270,34 @@ def test_a_prompt_that_is_more_than_its_column_is_not_cut(row, message):
         prompt_messages("here", row)
 
 
-UNUSABLE = {  # reason: (row, what the message says)
-    "no_rejected": (
-        {"prompt": "a", "chosen": "b", "x": 1},
-        "the columns are prompt, chosen, x; wan",
-    ),
-    "no_chosen": ({"prompt": "a", "chosen": None, "rejected": "b"}, "field 'chosen' is missing"),
-    "no_prompt": ({"chosen": "b", "rejected": "c"}, "field 'prompt' is missing"),
-    "no_messages": ({"prompt": "a", "chosen": 7, "rejected": "c"}, "'chosen' has to be"),
-    "no_content": ({"prompt": [user(None)], "chosen": "b", "rejected": "c"}, "'prompt': message 1"),
-    "not_text": ({"prompt": "a", "images": ["x"], "chosen": "b", "rejected": "c"}, "holds images"),
-    "not_one_answer": (
-        {"chosen": [QUESTION, YES, QUESTION, YES], "rejected": [QUESTION, NO]},
-        "'chosen' has to be one message of the assistant",
-    ),
-    "prompt_differs": (
-        {"prompt": "Three?", "chosen": [QUESTION, YES], "rejected": [QUESTION, NO]},
-        "the prompt is another one",
-    ),
-    "prompt_ends_with_assistant": (
-        {"prompt": [QUESTION, YES], "chosen": [YES], "rejected": [NO]},
-        "the prompt ends with a message of the assistant",
-    ),
-    "no_json": (
-        {"prompt": "a", "chosen": "b", "rejected": "c", "tools": "[weather"},
-        "'tools' is a text, and not one of JSON",
-    ),
-    "control_text": (
-        {"prompt": "<|end|>a", "chosen": "b", "rejected": "c"},
-        r"holds the control token <\|end\|>; if it is rendered with a chat template already",
-    ),
-    "identical": ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
-    "too_long": ({"prompt": "a" * 300, "chosen": "b", "rejected": "c"}, "--max_length=200"),
-}
+NO_REJECTED = {"prompt": "a", "chosen": "b", "x": 1}
+TWO_ANSWERS = {"chosen": [QUESTION, YES, QUESTION, YES], "rejected": [QUESTION, NO]}
+ANSWERED = {"prompt": [QUESTION, YES]} | ANSWERS
+CONTROL_TEXT = r"holds the control token <\|end\|>; if it is rendered with a chat template already"
 
 
-@pytest.mark.parametrize("reason", UNUSABLE)
+@pytest.mark.parametrize(
+    "row, reason, message",
+    [
+        (NO_REJECTED, "no_rejected", "the columns are prompt, chosen, x; wan"),
+        (PAIR | {"chosen": None}, "no_chosen", "field 'chosen' is missing"),
+        (ANSWERS, "no_prompt", "field 'prompt' is missing"),
+        (PAIR | {"chosen": 7}, "no_messages", "'chosen' has to be"),
+        (PAIR | {"prompt": [user(None)]}, "no_content", "'prompt': message 1"),
+        (PAIR | {"images": ["x"]}, "not_text", "holds images"),
+        (TWO_ANSWERS, "not_one_answer", "'chosen' has to be one message of the assistant"),
+        (BOTH_ASK | {"prompt": "Three?"}, "prompt_differs", "the prompt is another one"),
+        (ANSWERED, "prompt_ends_with_assistant", "the prompt ends with a message of the assistant"),
+        (PAIR | {"tools": "[weather"}, "no_json", "'tools' is a text, and not one of JSON"),
+        (PAIR | {"prompt": "<|end|>a"}, "control_text", CONTROL_TEXT),
+        (PAIR | {"rejected": "2"}, "identical", "are the same"),
+        (PAIR | {"prompt": "a" * 300}, "too_long", "--max_length=200"),
+    ],
+)
 def test_a_row_that_cannot_be_used_is_dropped_and_told_with_its_place(
-    reason, loaded, tmp_path, capsys
+    row, reason, message, loaded, tmp_path, capsys
 ):
-    row, message = UNUSABLE[reason]
-    good = {"prompt": "Two?", "chosen": "2", "rejected": "three"}
-    path = write_lines(tmp_path / "pairs.jsonl", good, row, good)
+    path = write_lines(tmp_path / "pairs.jsonl", PAIR, row, PAIR)
 
     pairs, counts = read_pairs(path, *loaded, 200)
 
@@ -362,8 +328,7 @@ def test_a_prompt_that_the_template_refuses_is_dropped(tmp_path):
     )
     tokenizer, eos_ids = chat.load_tokenizer(build_model(tmp_path / "model"))
     tokenizer.chat_template = refuses + tokenizer.chat_template
-    row = {"prompt": "Two?", "chosen": "2", "rejected": "three"}
-    path = write_lines(tmp_path / "pairs.jsonl", row, row | {"system": "Be brief."})
+    path = write_lines(tmp_path / "pairs.jsonl", PAIR, PAIR | TOLD)
 
     pairs, counts = read_pairs(path, tokenizer, eos_ids, 200)
 
@@ -384,8 +349,7 @@ def test_a_response_that_the_template_would_not_write_so_is_dropped(
     template, chosen, reason, tmp_path
 ):
     tokenizer = build_tokenizer(template, "<|pad|>")
-    row = {"prompt": "Two?", "chosen": chosen, "rejected": "three"}
-    path = write_lines(tmp_path / "pairs.jsonl", row)
+    path = write_lines(tmp_path / "pairs.jsonl", PAIR | {"chosen": chosen})
 
     with pytest.raises(InputError, match=rf"no pair is left to train on \(1 {reason} \("):
         read_pairs(path, tokenizer, {tokenizer.eos_token_id}, 200)
@@ -395,12 +359,11 @@ def test_tools_and_template_settings_of_a_row_and_of_the_run_reach_the_template(
     tokenizer, eos_ids = loaded
     plain = tokenizer.chat_template
     tools = [{"type": "function", "function": {"name": "weather", "strict": None}}]
-    row = {"prompt": "Two?", "chosen": "2", "rejected": "three"}
     path = write_lines(
         tmp_path / "pairs.jsonl",
-        row | {"tools": tools, "chat_template_kwargs": {"mood": "glad"}},
-        row | {"tools": json.dumps(tools)},
-        row,
+        PAIR | {"tools": tools, "chat_template_kwargs": {"mood": "glad"}},
+        PAIR | {"tools": json.dumps(tools)},
+        PAIR,
     )
 
     tokenizer.chat_template = "{{ tools | tojson if tools else '' }}{{ mood }}" + plain
@@ -419,12 +382,11 @@ def test_tools_and_template_settings_of_a_row_and_of_the_run_reach_the_template(
 
 def test_tools_that_the_template_does_not_write_are_refused(loaded, tmp_path, capsys):
     call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
-    row = {"prompt": "Two?", "chosen": "2", "rejected": "three"}
     path = write_lines(
         tmp_path / "pairs.jsonl",
-        row,
-        row | {"tools": ['{"name": "weather"}']},
-        row | {"chosen": [{"role": "assistant", "content": None, "tool_calls": [call]}]},
+        PAIR,
+        PAIR | {"tools": ['{"name": "weather"}']},
+        PAIR | {"chosen": [{"role": "assistant", "content": None, "tool_calls": [call]}]},
     )
 
     pairs, counts = read_pairs(path, *loaded, 200)
@@ -435,10 +397,9 @@ def test_tools_that_the_template_does_not_write_are_refused(loaded, tmp_path, ca
 
 
 def test_the_end_token_of_a_model_behind_a_text_is_no_part_of_it(loaded, tmp_path):
-    row = {"prompt": "Two?", "chosen": "2", "rejected": "three"}
     ended = {"prompt": "Two?", "chosen": "2<|end|>\n", "rejected": "three <|end|>"}
 
-    (first, second), _ = read_pairs(write_lines(tmp_path / "p.jsonl", row, ended), *loaded, 200)
+    (first, second), _ = read_pairs(write_lines(tmp_path / "p.jsonl", PAIR, ended), *loaded, 200)
 
     assert first == second
 
@@ -473,11 +434,10 @@ def test_nulls_that_tables_fill_in_reach_no_template():
 
 def test_ids_of_another_model_end_the_run_and_null_ids_are_none(loaded, tmp_path):
     tokenizer, eos_ids = loaded
-    row = {"prompt": "Two?", "chosen": "2", "rejected": "three"}
     none = {"prompt_ids": None, "chosen_ids": None, "rejected_ids": None}
     above = {"prompt_ids": [1], "chosen_ids": [len(tokenizer)], "rejected_ids": [2]}
-    path = write_lines(tmp_path / "pairs.jsonl", row, row | none)
-    other = write_lines(tmp_path / "other.jsonl", row, row | above)
+    path = write_lines(tmp_path / "pairs.jsonl", PAIR, PAIR | none)
+    other = write_lines(tmp_path / "other.jsonl", PAIR, PAIR | above)
 
     (first, second), _ = read_pairs(path, tokenizer, eos_ids, 200)
     assert first == second
@@ -500,8 +460,7 @@ def test_an_end_token_above_the_tokenizers_length_is_an_id_of_it(tmp_path):
     inner.add_special_tokens([AddedToken("<|end|>", special=True, normalized=False)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
-    row = {"prompt": "Two?", "chosen": "2", "rejected": "three"}
 
-    (pair,), _ = read_pairs(write_lines(tmp_path / "p.jsonl", row), tokenizer, {300}, 200)
+    (pair,), _ = read_pairs(write_lines(tmp_path / "p.jsonl", PAIR), tokenizer, {300}, 200)
 
     assert pair["chosen_ids"][-1] == 300 > len(tokenizer)
