@@ -18,6 +18,7 @@ import sys
 import time
 
 from nanoaipo.errors import InputError
+from nanoaipo.processes import check_rank
 from nanoaipo.stages import FREE
 
 # ---- settings of iterate.sh, which is shell and cannot declare its own ----
@@ -42,6 +43,7 @@ eval_temperature = 0.7                  # sampling temperature of the evaluated 
 
 SCRIPTS = ("configurator.py", "generate.py", "rank.py", "train.py", "eval.py")
 HERE = os.path.dirname(os.path.abspath(__file__))
+DASHES = "-–—"  # text that is copied from a page may have long ones
 
 # ----------------------------------------------------------------------------- reading assignments
 
@@ -148,7 +150,19 @@ def changes(arguments, own, every):
     for option, value in zip(arguments, arguments[1:]):
         if option.startswith("--") and "=" not in option and not value.startswith("--"):
             check_known(option, option.removeprefix("--"), own)
-            raise InputError(f"{option} {value}: write {option}={value}")
+            value_alone = value.lstrip("=") or "value"
+            raise InputError(f"{option} {value}: write {option}={value_alone}")
+        stands_alone = value.startswith("--") or value.endswith(".py")
+        if option.startswith("--") and option.endswith("=") and not stands_alone:
+            raise InputError(f"{option} {value}: write {option}{value}")
+
+    # so would a setting without its two dashes
+    for recipe in recipes:
+        setting = recipe.lstrip(DASHES)
+        if not os.path.isfile(recipe) and (setting != recipe or "=" in recipe):
+            key, _, _ = setting.partition("=")
+            check_known(recipe, key, own)
+            raise InputError(f"{recipe}: write --{setting}")
 
     if len(recipes) > 1:
         raise InputError(f"one recipe at most, got {' '.join(recipes)}")
@@ -192,6 +206,7 @@ def configure(namespace):
         sys.exit(0)
 
     try:
+        check_rank()
         changed = changes(sys.argv[1:], own, declared_by_all() | own)
     except InputError as e:
         sys.exit(str(e))
@@ -265,7 +280,7 @@ def check_started_with(run, changed, every):
     Those in FREE may change, so that it can go on for more iterations or fit into less memory.
     """
     path = os.path.join(run, "recipe.py")
-    if not os.path.exists(path) or not glob.glob(os.path.join(run, "iter_*", "*")):
+    if not os.path.exists(path) or not glob.glob(os.path.join(glob.escape(run), "iter_*", "*")):
         return
     before = {key: value for key, (value, _, _) in literals(path).items()}
     for key in sorted(before.keys() | changed.keys()):

@@ -11,9 +11,18 @@ from nanoaipo.errors import InputError
 
 DTYPES = ("bfloat16", "float32")
 
+
+def number_of(name, default):
+    """The whole number in an environment variable, or None where it holds something else."""
+    try:
+        return int(os.environ.get(name, default))
+    except ValueError:  # check_rank tells
+        return None
+
+
 # torchrun sets both; without it a script is one process
-RANK = int(os.environ.get("RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+RANK = number_of("RANK", 0)
+WORLD_SIZE = number_of("WORLD_SIZE", 1)
 
 
 def pick_device():
@@ -50,12 +59,22 @@ def keep_freed_memory():
         libc.mallopt(m_mmap_threshold, 2**30)
 
 
-def check_environment():
-    """Raise InputError for variables that torchrun would not set, such as a cluster's own."""
-    if RANK >= WORLD_SIZE:
+def check_rank():
+    """Raise InputError unless the environment says which process of how many this is."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if number_of(name, 0) is None:
+            raise InputError(
+                f"{name}='{os.environ[name]}': no whole number; unset it, or start with torchrun"
+            )
+    if not 0 <= RANK < WORLD_SIZE:
         raise InputError(
             f"RANK={RANK}, WORLD_SIZE={WORLD_SIZE}: unset both, or start with torchrun"
         )
+
+
+def check_environment():
+    """Raise InputError for variables that torchrun would not set, such as a cluster's own."""
+    check_rank()
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if WORLD_SIZE > 1 and name not in os.environ:
             raise InputError(

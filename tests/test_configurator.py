@@ -93,6 +93,14 @@ def test_a_value_takes_the_type_of_the_default(run, argument, value):
         ("--beta 0.2", "--beta 0.2: write --beta=0.2"),
         ("--steps -1 --beta=1", "--steps -1: write --steps=-1"),
         ("--bete 0.2", "--bete: unknown setting 'bete', did you mean 'beta'"),
+        ("--steps= 3", "--steps= 3: write --steps=3"),
+        ("--steps= -1", "--steps= -1: write --steps=-1"),
+        ("--steps =3", "--steps =3: write --steps=3"),
+        ("--steps = 3", "--steps =: write --steps=value"),
+        ("-steps=3", "-steps=3: write --steps=3"),
+        ("—steps=3", "—steps=3: write --steps=3"),
+        ("steps=3", "steps=3: write --steps=3"),
+        ("-stebs=3", "-stebs=3: unknown setting 'stebs', did you mean 'steps'"),
     ],
 )
 def test_a_wrong_argument_ends_with_one_line_that_says_what_is_right(run, argument, message):
@@ -101,6 +109,15 @@ def test_a_wrong_argument_ends_with_one_line_that_says_what_is_right(run, argume
     assert code == 1
     assert message in text
     assert text.count("\n") == 1
+
+
+def test_a_recipe_may_stand_behind_an_empty_setting(run, tmp_path):
+    (tmp_path / "r=1.py").write_text("steps = 3\n")
+
+    code, text = run("--name=", "r=1.py")
+
+    assert code == 0
+    assert "'steps': 3, 'name': ''" in text
 
 
 def test_a_recipe_may_hold_keys_of_every_script_but_no_unknown_one(run):

@@ -46,6 +46,27 @@ def test_several_processes_without_an_address_are_told_what_is_missing():
     assert start(RANK="3").startswith("RANK=3, WORLD_SIZE=1: unset both")
 
 
+@pytest.mark.parametrize(
+    "env, message",
+    [
+        ({"RANK": ""}, "RANK='': no whole number; unset it, or start with torchrun"),
+        ({"RANK": "x"}, "RANK='x': no whole number; unset it, or start with torchrun"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two': no whole number"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK='': no whole number"),
+        ({"WORLD_SIZE": "0"}, "RANK=0, WORLD_SIZE=0: unset both, or start with torchrun"),
+        ({"RANK": "-1"}, "RANK=-1, WORLD_SIZE=1: unset both"),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK=3, WORLD_SIZE=2: unset both"),
+    ],
+)
+def test_a_rank_that_cannot_be_ends_every_script_with_one_line(env, message):
+    assert start(**env).startswith(message)
+    for script in ("generate.py", "rank.py", "eval.py", "train.py"):
+        done = run(script, env=env)
+        assert done.returncode == 1
+        assert done.stderr.startswith(message)
+        assert done.stderr.count("\n") == 1
+
+
 def test_the_peak_of_a_process_is_in_gib_on_linux_and_on_macos(monkeypatch):
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cpu = torch.device("cpu")
