@@ -86,16 +86,19 @@ def fingerprint(path):
         return hash_files(model_files(path), root=path)
 
     # a file, a glob or shards count with their content alone: they may be moved
-    shards = os.path.splitext(path)[0] + "-*-of-*"
-    if os.path.exists(path) or glob.glob(path) or glob.glob(shards):
-        return hash_files(find_files(path))
-    return path
+    try:
+        files = find_files(path)
+    except InputError:  # check_inputs has refused what can only be a file
+        return path
+    return hash_files(files)
 
 
 def model_files(folder):
     """The files of a folder that make the model what it is, without those that tell of a run."""
     of_a_run = ("manifest.json", "metrics.jsonl", ".logps")
+    folder = glob.escape(folder)
     paths = sorted(glob.glob(os.path.join(folder, "*")))
+    paths += sorted(glob.glob(os.path.join(folder, "additional_chat_templates", "*")))
     return [path for path in paths if os.path.isfile(path) and not path.endswith(of_a_run)]
 
 
@@ -139,7 +142,8 @@ def open_stage(out, suffix, settings, *inputs):
     if is_complete(out, manifest):  # every process looks at its own shard
         print(f"{out}: complete, nothing to do", flush=True)
         return None
-    if not suffix and glob.glob(out + ".tmp/step_*[0-9]"):  # checkpoints, to go on from
+    checkpoints = glob.glob(glob.escape(out) + ".tmp/step_*[0-9]")
+    if not suffix and checkpoints:  # to go on from
         check_same_run(out + ".tmp", manifest)
 
     # slow to find out, so only where the stage does run

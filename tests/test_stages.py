@@ -53,6 +53,32 @@ def test_a_finished_stage_is_skipped_and_one_made_otherwise_is_refused(tmp_path,
         stages.open_stage(out, ".jsonl", settings, "source")
 
 
+@pytest.mark.parametrize("folder", ["run", "run[1]"])
+def test_the_content_of_an_input_counts_wherever_it_lies(tmp_path, folder):
+    folder = tmp_path / folder
+    folder.mkdir()
+    shards = [folder / f"p-0000{k}-of-00002.jsonl" for k in (0, 1)]
+    model = folder / "model[a]"
+    (model / "additional_chat_templates").mkdir(parents=True)
+    template = model / "additional_chat_templates" / "tool_use.jinja"
+    for path in (*shards, template, model / "config.json"):
+        path.write_text("{}")
+    inputs = {
+        shards[1]: [str(folder / "p.jsonl"), str(folder / "p-*.jsonl")],
+        template: [str(model)],
+        model / "config.json": [str(model)],
+    }
+
+    for changed, paths in inputs.items():
+        before = [stages.fingerprint(path) for path in paths]
+        assert not set(before) & set(paths)
+        changed.write_text('{"a": 1}')
+        for path, old in zip(paths, before):
+            assert stages.fingerprint(path) != old
+
+    assert stages.fingerprint("org/model") == "org/model"
+
+
 @pytest.mark.parametrize("off", ["", 0, False])
 def test_a_setting_that_came_later_and_is_off_is_no_difference(tmp_path, off):
     out = str(tmp_path / "x.jsonl")
