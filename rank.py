@@ -21,7 +21,8 @@ from configurator import configure, run_script
 from nanoaipo.chat import template_arguments
 from nanoaipo.errors import InputError
 from nanoaipo.files import shard_path
-from nanoaipo.processes import RANK, WORLD_SIZE
+from nanoaipo.messages import Dropped
+from nanoaipo.processes import RANK, WORLD_SIZE, print0
 from nanoaipo.prompts import read_candidates
 from nanoaipo.responses import answer_length
 from nanoaipo.seeds import derive_seed
@@ -98,11 +99,13 @@ def why_left_out(response, drop_unfinished, max_response_tokens):
 def read_competitors(path, counts, *, drop_unfinished, max_response_tokens, **_):
     """[(record without `responses`, the responses that compete)] of this process's prompts.
 
-    Counts the other responses by their reason. Raises InputError where no process has a prompt.
+    Counts the other responses by their reason, and rows that cannot be used by theirs. Raises
+    InputError where no process has a prompt.
     """
     competitors = []
     n_prompts = 0
-    for _, row in read_candidates(path):
+    dropped = Dropped()
+    for _, row in read_candidates(path, dropped):
         is_mine = n_prompts % WORLD_SIZE == RANK
         n_prompts += 1
         if not is_mine:
@@ -115,8 +118,14 @@ def read_competitors(path, counts, *, drop_unfinished, max_response_tokens, **_)
             else:
                 competing.append(response)
         competitors.append((row, competing))
+    if n_prompts == 0 and dropped.counts:
+        raise InputError(f"{path}: no candidates in it ({dropped.reasons()})")
     if n_prompts == 0:
         raise InputError(f"{path}: no candidates in it")
+    if dropped.counts:
+        print0(f"{path}: {dropped}")
+    if RANK == 0:  # every process reads all rows; the first counts for all
+        counts.update(dropped.counts)
     return competitors
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
@@ -42,11 +43,9 @@ def read_prompts(path, field="", dropped=None):
             continue
 
         # an id of its own has to be unique; of rows with the same text each gets one
-        id_field = found_field(row, ("id", "question_id", "uid"))
-        has_id = id_field is not None  # 0 is an id too
-        if has_id:
-            prompt_id = str(row[id_field])
-        else:
+        prompt_id = own_id(row, ("id", "question_id", "uid"))
+        has_id = prompt_id is not None
+        if not has_id:
             prompt_id = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
         if prompt_id in first_seen and has_id:
             raise InputError(
@@ -66,6 +65,19 @@ def read_prompts(path, field="", dropped=None):
     if not prompts:
         raise InputError(f"{path}: no prompts in it")
     return prompts
+
+
+def own_id(row, fields):
+    """The id in the first of these columns that holds one, as a text, or None.
+
+    0 is an id; an empty text is none, and neither is the NaN that tables fill in.
+    """
+    for field in fields:
+        value = row.get(field)
+        is_nan = isinstance(value, float) and math.isnan(value)
+        if value is not None and value != "" and not is_nan:
+            return str(value)
+    return None
 
 
 def asked_messages(where, row, field):
@@ -112,9 +124,9 @@ def read_candidates(path, dropped=None):
     rejected become their two responses. A response from elsewhere that holds a thought keeps it
     apart, as `thought`. A row without an id is told apart by its number.
 
-    dropped: a messages.Dropped, which gets the rows whose messages cannot be used; without it the
-    first of them is an error. Raises InputError for a row that is neither candidates nor a pair,
-    and for a row's own id that is another row's number.
+    dropped: a messages.Dropped, which gets the rows whose messages or responses cannot be used;
+    without it the first of them is an error. Raises InputError for a row's own id that is another
+    row's number.
     """
     own_ids = set()
     numbers = set()  # of rows without an id
@@ -124,34 +136,48 @@ def read_candidates(path, dropped=None):
                 row["prompt"], row["responses"] = responses_of_pair(where, row)
             else:
                 row["prompt"] = with_system(row, prompt_messages(where, row))
+            row["responses"] = as_responses(where, row["responses"])
         except UnusableRow as e:
             if dropped is None:
                 raise
             dropped.add(e.reason, e)
             continue
-        if row.get("id") is None:
-            row["id"] = n
-            numbers.add(str(n))
+
+        row_id = own_id(row, ("id",))
+        if row_id is None:
+            row_id = str(n)
+            numbers.add(row_id)
         else:
-            own_ids.add(str(row["id"]))
-        row["id"] = str(row["id"])
-        if row["id"] in own_ids and row["id"] in numbers:
+            own_ids.add(row_id)
+        row["id"] = row_id
+        if row_id in own_ids and row_id in numbers:
             raise InputError(
-                f"{where}: '{row['id']}' is the id of one row and the number of another, "
+                f"{where}: '{row_id}' is the id of one row and the number of another, "
                 "which has no id; give all rows an id, or none"
             )
 
-        # responses, as objects
-        responses = row["responses"]
-        if isinstance(responses, list):
-            responses = [{"text": r} if isinstance(r, str) else r for r in responses]
-        if not isinstance(responses, list) or not all(map(is_response, responses)):
-            raise InputError(
-                f"{where}: 'responses' has to be a list of texts, "
-                "or of objects with a text (and ids, a list)"
-            )
-        row["responses"] = [with_thought_apart(response) for response in responses]
+        row["responses"] = [with_thought_apart(response) for response in row["responses"]]
         yield where, row
+
+
+def as_responses(where, values):
+    """Responses as objects, from bare texts or objects, without null keys; raises UnusableRow."""
+    if not isinstance(values, list):
+        values = [None]
+    responses = []
+    for value in values:
+        if isinstance(value, str):
+            value = {"text": value}
+        if isinstance(value, dict):
+            value = {key: item for key, item in value.items() if item is not None}
+        if not is_response(value):
+            raise UnusableRow(
+                "no_responses",
+                f"{where}: 'responses' has to be a list of texts, "
+                "or of objects with a text (and ids, a list)",
+            )
+        responses.append(value)
+    return responses
 
 
 def responses_of_pair(where, row):
@@ -161,7 +187,9 @@ def responses_of_pair(where, row):
     """
     fields = [found_field(row, CHOSEN_FIELDS), found_field(row, REJECTED_FIELDS)]
     if None in fields or not all(row[field] for field in fields):
-        raise InputError(f"{where}: neither 'responses' nor 'chosen' and 'rejected' in it")
+        raise UnusableRow(
+            "no_responses", f"{where}: neither 'responses' nor 'chosen' and 'rejected' in it"
+        )
     prompt, chosen, rejected = pair_messages(where, row)
 
     responses = []

@@ -171,6 +171,24 @@ def test_candidates_without_an_id_are_told_apart_by_their_number(tmp_path):
     assert [row["id"] for _, row in read_candidates(path)] == ["0", "1", "0.5"]
 
 
+def test_an_empty_text_and_nan_are_no_ids(tmp_path):
+    rows = [{"id": "", "prompt": "x", "responses": ["a"]}]
+    rows += [{"id": float("nan"), "prompt": text, "responses": ["a"]} for text in "yz"]
+    path = write_lines(tmp_path / "c.jsonl", *rows)
+
+    assert [row["id"] for _, row in read_candidates(path)] == ["0", "1", "2"]
+    assert len({row["id"] for row in read_prompts(path)} - {"", "nan"}) == 3
+
+
+def test_a_null_in_a_response_is_a_key_that_it_lacks(tmp_path):
+    responses = [{"text": "a", "ids": None, "finished": None, "thought": None}, {"text": "b"}]
+    path = write_lines(tmp_path / "c.jsonl", {"prompt": "x", "responses": responses})
+
+    ((_, row),) = read_candidates(path)
+
+    assert row["responses"] == [{"text": "a"}, {"text": "b"}]
+
+
 def test_an_id_that_is_the_number_of_a_row_without_one_is_refused(tmp_path):
     row = {"prompt": "x", "responses": ["a"]}
 

@@ -623,24 +623,45 @@ def test_every_case_of_candidates_has_a_documented_outcome_and_two_processes_wri
         assert first_counts[key] + second_counts[key] == count, key
 
 
-def test_candidates_that_cannot_be_read_are_named_by_file_and_line(judge, tmp_path):
+def test_candidates_that_cannot_be_read_are_dropped_and_named_by_file_and_line(judge, tmp_path):
     good = {"prompt": "x", "responses": ["a", "b"]}
     no_list = "'responses' has to be a list"
     cases = [
         ({"prompt": "x", "responses": "x"}, no_list),
         ({"prompt": "x", "responses": [1]}, no_list),
         ({"prompt": "x", "responses": [{"ids": [1]}]}, no_list),
+        ({"prompt": "x", "responses": ["a", None]}, no_list),
+        ({"prompt": "x", "responses": None}, "neither 'responses' nor"),
         ({"prompt": 3, "responses": []}, "'prompt' has to be"),
         ({"prompt": "x"}, "neither 'responses' nor 'chosen' and 'rejected' in it"),
     ]
     out = tmp_path / "p.jsonl"
     for row, message in cases:
+        # the others are ranked
         path = write_rows(tmp_path / "c.jsonl", good, row)
+        counts = collections.Counter()
+        (competitor,) = rank.read_competitors(
+            str(path), counts, drop_unfinished=True, max_response_tokens=9
+        )
+        assert competitor[1] == [{"text": "a"}, {"text": "b"}]
+        assert counts.total() == 1
+
+        # a file of nothing else is an error
+        path = write_rows(tmp_path / "c.jsonl", row)
         done = run("rank.py", f"--candidates={path}", f"--ranker_model={judge}", f"--out={out}")
         assert done.returncode == 1
-        assert f"c.jsonl:2: {message}" in done.stderr
+        assert f"c.jsonl:1: {message}" in done.stderr
+        assert "no candidates in it (1 no_" in done.stderr
         assert "Traceback" not in done.stderr
         assert not out.exists()
+
+    # what was dropped stands in the manifest
+    path = write_rows(tmp_path / "c.jsonl", good, {"prompt": "x", "responses": None})
+    done = run("rank.py", f"--candidates={path}", f"--ranker_model={judge}", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    assert "1 row dropped: 1 no_responses" in done.stdout
+    counts = read_manifest(tmp_path / "p.manifest.json")["counts"]
+    assert (counts["prompts"], counts["pairs"], counts["no_responses"]) == (1, 1, 1)
 
 
 def test_a_chosen_response_with_a_url_gives_no_pair_and_no_pair_at_all_is_an_error(judge, tmp_path):
