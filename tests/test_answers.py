@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, run, torchrun
+from conftest import PLAIN, ROOT, build_tokenizer, run, torchrun
 from test_generate import kill_midway, read_counts, read_rows, write_rows
 from test_loop import world  # noqa: F401 (a fixture)
 
 from nanoaipo import chat
 from nanoaipo.benchmarks import write_answers
 from nanoaipo.benchmarks.official_files import model_answer
+from nanoaipo.errors import InputError
 
 ANSWERS = ("generate.py", "config/tiny.py", "--task=answers", "--n_prompts=0")
 QUESTIONS = [
@@ -167,6 +168,59 @@ def test_a_kill_costs_one_block_of_answers_and_every_turn_is_there(world, tmp_pa
     n_later = [len(row["later_responses"]) for row in read_rows(tmp_path / "cut.jsonl")]
     assert n_later == [0, 1] * 12
     assert read_counts(tmp_path, "cut")["responses"] == 36
+
+
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+
+
+def test_a_question_that_cannot_be_asked_is_dropped_and_counted(tmp_path, monkeypatch, capsys):
+    rows = [
+        {"question_id": 1, "turns": ["a"]},
+        {"question_id": 2},
+        {"question_id": 3, "prompt": "b", "system": "Be brief."},
+        {"question_id": 4, "prompt": "c", "tools": "{"},
+        {"question_id": 5, "prompt": "d"},
+    ]
+    tokenizer = build_tokenizer(NO_SYSTEM + PLAIN, "<|pad|>")
+    monkeypatch.setattr(write_answers, "context_length", lambda model: 512)
+
+    def sample(requests, **settings):
+        return [[(tokenizer("said").input_ids, True, -1.0)] for _ in requests]
+
+    def answer(rows):
+        write_rows(tmp_path / "q.jsonl", rows)
+        manifest = {"settings": {}, "inputs": {}}
+        write_answers.write_answers(
+            f"{tmp_path}/a.jsonl",
+            manifest,
+            tokenizer,
+            lambda max_tokens: sample,
+            model="model",
+            prompts=f"{tmp_path}/q.jsonl",
+            prompt_field="",
+            n_prompts=0,
+            iteration=0,
+            seed=0,
+            block=8,
+            temperature=0.4,
+            top_k=50,
+            top_p=1.0,
+            max_new_tokens=16,
+        )
+        return manifest["counts"]
+
+    counts = answer(rows)
+
+    assert [row["id"] for row in read_rows(tmp_path / "a.jsonl")] == ["1", "5"]
+    reasons = {"no_prompt": 1, "refused_by_template": 1, "no_json": 1}
+    assert reasons.items() <= counts.items()
+    assert counts["prompts"] == 2
+    printed = capsys.readouterr().out
+    assert "q.jsonl: 3 rows dropped: 1 no_prompt (" in printed
+    assert "refuses the prompt: no system" in printed
+
+    with pytest.raises(InputError, match=r"q.jsonl: no prompt is left \(1 refused_by_template \("):
+        answer(rows[2:3])
 
 
 def test_answers_ask_for_no_more_room_than_they_may_take(world, tmp_path, monkeypatch):

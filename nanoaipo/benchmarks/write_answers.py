@@ -9,8 +9,8 @@ import functools
 from nanoaipo.chat import control_pattern, render
 from nanoaipo.engines import context_length
 from nanoaipo.errors import InputError
-from nanoaipo.messages import template_columns
-from nanoaipo.processes import RANK, WORLD_SIZE
+from nanoaipo.messages import Dropped, UnusableRow, template_columns
+from nanoaipo.processes import RANK, WORLD_SIZE, print0
 from nanoaipo.prompts import read_prompts
 from nanoaipo.responses import count_and_print, response_record
 from nanoaipo.seeds import derive_seed
@@ -49,19 +49,26 @@ def write_answers(
     max_new_tokens,
     arguments=None,
 ):
-    """Write one answer to each turn of each prompt to `out`, block by block; nothing is dropped.
+    """Write one answer to each turn of each prompt to `out`, block by block.
 
     start_engine(max_tokens): an engine's `sample`; arguments: of the chat template. A block holds
-    all turns of its questions. Raises InputError where the model has no room for all turns of a
-    question.
+    all turns of its questions. A row that holds no prompt, or one that the template refuses, is
+    dropped and counted by reason. Raises InputError where none is left, and where the model has no
+    room for all turns of a question.
     """
-    rows = read_prompts(prompts, prompt_field)
+    dropped = Dropped()
+    rows = read_prompts(prompts, prompt_field, dropped)
     if n_prompts:
         rows = rows[:n_prompts]
-    rows = rows[RANK::WORLD_SIZE]
-
     limit = context_length(model)
-    longest = render_and_measure(rows, tokenizer, limit, prompts, max_new_tokens, arguments)
+    rows, longest = render_and_measure(
+        rows, tokenizer, limit, prompts, max_new_tokens, dropped, arguments
+    )
+    if not rows:
+        raise InputError(f"{prompts}: no prompt is left ({dropped.reasons()})")
+    if dropped.counts:
+        print0(f"{prompts}: {dropped}")
+    rows = rows[RANK::WORLD_SIZE]
     sample = None
     if rows:  # there may be more processes than questions
         # an earlier turn's answer is rendered again from its text, perhaps to more tokens
@@ -80,18 +87,33 @@ def write_answers(
         max_new_tokens=max_new_tokens,
         arguments=arguments,
     )
-    count = functools.partial(count_and_print, out, {"prompts": len(rows)})
+    counts = {"prompts": len(rows)}
+    if RANK == 0:  # every process reads all prompts; the first counts for all
+        counts.update(dropped.counts)
+    count = functools.partial(count_and_print, out, counts)
     write_blocks(out, manifest, rows, block, answer, count)
 
 
-def render_and_measure(rows, tokenizer, limit, prompts, max_new_tokens, arguments=None):
-    """Set the prompt_ids of questions; return the tokens the longest may take with its answers."""
+def render_and_measure(rows, tokenizer, limit, prompts, max_new_tokens, dropped, arguments=None):
+    """(Questions with their prompt_ids, tokens that the longest may take with its answers).
+
+    dropped: a messages.Dropped, which gets the questions that the template refuses.
+    """
     control = control_pattern(tokenizer)
     longest = 0
+    rendered = []
     for row in rows:
         where = f"{prompts}: prompt '{row['id']}'"
-        own = (arguments or {}) | template_columns(where, row)
-        row["prompt_ids"] = render(tokenizer, row["prompt"], where, control, arguments=own)
+        try:
+            own = (arguments or {}) | template_columns(where, row)
+            row["prompt_ids"] = render(tokenizer, row["prompt"], where, control, arguments=own)
+        except UnusableRow as e:
+            dropped.add(e.reason, e)
+            continue
+        except InputError as e:
+            dropped.add("refused_by_template", e)
+            continue
+        rendered.append(row)
 
         # the last turn is asked after all the others and their answers
         n_tokens = len(row["prompt_ids"]) + max_new_tokens
@@ -103,7 +125,7 @@ def render_and_measure(rows, tokenizer, limit, prompts, max_new_tokens, argument
                 f"this model has {limit}: lower --max_new_tokens"
             )
         longest = max(longest, n_tokens)
-    return longest
+    return rendered, longest
 
 
 def answer_block(
