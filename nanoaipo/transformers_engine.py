@@ -4,7 +4,10 @@ Rows of similar length are sampled together. Whenever more than half of a batch 
 stops, the rows that have ended leave the batch, and the others go on with their part of the cache.
 """
 
+import os
+
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -16,6 +19,8 @@ from transformers import (
 )
 
 from nanoaipo.engines import exact_attention
+from nanoaipo.errors import InputError, reason_of
+from nanoaipo.model_folders import weight_file_names
 from nanoaipo.processes import pick_device
 from nanoaipo.seeds import derive_seed
 
@@ -86,12 +91,7 @@ class TransformersEngine:
     def __init__(self, model, eos_ids, *, dtype, generate_rows):
         self.device = pick_device()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        policy = AutoModelForCausalLM.from_pretrained(
-            model,
-            dtype=getattr(torch, dtype),
-            attn_implementation=exact_attention(AutoConfig.from_pretrained(model)),
-        )
-        self.policy = policy.to(self.device).eval()
+        self.policy = load_model(model, dtype).to(self.device).eval()
         # the model's own would fill in what ours leaves unset, such as a repetition penalty
         self.policy.generation_config = GenerationConfig()
         self.eos_ids = eos_ids
@@ -100,7 +100,11 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def sample(self, requests, *, n_responses, **sampling):
-        """Lists of n_responses tuples (ids, finished, log-prob), one list for each request."""
+        """Lists of n_responses tuples (ids, finished, log-prob), one list for each request.
+
+        Raises InputError for a prompt with an id that the model has no embedding for.
+        """
+        check_ids(requests, self.policy)
         by_length = sorted(range(len(requests)), key=lambda r: len(requests[r][0]))
         n_rows = self.generate_rows
         if self.device.type == "cuda" and requests:
@@ -207,6 +211,47 @@ class TransformersEngine:
             if token in self.eos_ids:
                 return response[: k + 1], True
         return response, False
+
+
+def load_model(model, dtype):
+    """A causal language model in this dtype; raises InputError for one that cannot be loaded."""
+    if os.path.isdir(model):
+        weight_file_names(model)  # refuses an index of files that are not there
+    try:
+        policy, found = AutoModelForCausalLM.from_pretrained(
+            model,
+            dtype=getattr(torch, dtype),
+            attn_implementation=exact_attention(AutoConfig.from_pretrained(model)),
+            use_safetensors=True,  # other formats can run code
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        raise InputError(f"{model}: its weights cannot be loaded ({reason_of(e)})") from e
+
+    # transformers would go on with random numbers
+    mismatched = sorted(found["mismatched_keys"])
+    if mismatched:
+        key, stored, configured = mismatched[0]
+        raise InputError(
+            f"{model}: weight {key} has shape {list(stored)}, "
+            f"its config.json says {list(configured)}"
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise InputError(f"{model}: weight {missing[0]} is missing in its safetensors")
+    return policy
+
+
+def check_ids(requests, policy):
+    """Raise InputError for a prompt whose tokenizer knows more tokens than the model has."""
+    n_tokens = policy.get_input_embeddings().weight.shape[0]
+    for ids, _ in requests:
+        if max(ids) >= n_tokens:
+            raise InputError(
+                f"{policy.name_or_path}: its tokenizer gives a prompt the id {max(ids)}, and the "
+                f"model has {n_tokens} tokens: take the tokenizer that it was trained with"
+            )
 
 
 def bytes_per_token(policy):

@@ -1,13 +1,21 @@
 """The transformers engine on models whose attention, cache or layers are not Llama's."""
 
+import json
 import random
 
 import pytest
 import torch
 from conftest import build_model
+from safetensors.torch import load_file, save_file
 
 from nanoaipo.engines import exact_attention
-from nanoaipo.transformers_engine import TransformersEngine, bytes_per_token, rows_that_fit
+from nanoaipo.errors import InputError
+from nanoaipo.transformers_engine import (
+    TransformersEngine,
+    bytes_per_token,
+    load_model,
+    rows_that_fit,
+)
 
 LINEAR = {
     "linear_num_key_heads": 2,
@@ -101,3 +109,89 @@ def test_rows_are_bounded_by_the_bytes_of_their_keys_and_values(tmp_path):
     model = build_model(tmp_path / "qwen", "Qwen3_5Text", **LINEAR)
     policy = transformers.AutoModelForCausalLM.from_pretrained(model)
     assert bytes_per_token(policy) == 2 * 1 * 2 * 8 * 4
+
+
+# ---- what a model folder says, and lacks ----
+
+GREEDY = {"temperature": 0, "top_k": None, "top_p": 1.0, "max_new_tokens": 24}
+
+
+def set_json(path, **values):
+    """Set values of a JSON file, which may not be there."""
+    record = {}
+    if path.exists():
+        record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | values))
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_how_a_model_folder_would_sample_does_not_count(tiny_model, file, tmp_path):
+    model = build_model(tmp_path / "model")
+    wishes = {"repetition_penalty": 9.0, "no_repeat_ngram_size": 1, "temperature": 0.01, "top_k": 1}
+    wishes |= {"suppress_tokens": list(range(6, 100)), "min_new_tokens": 24, "num_beams": 2}
+    set_json(model / file, **wishes)
+    requests = random_requests(4, random.Random(0))
+    sampled = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 24}
+
+    for settings in (GREEDY, sampled):
+        results = []
+        for folder in (tiny_model, model):
+            engine = TransformersEngine(folder, {1, 7}, dtype="float32", generate_rows=8)
+            results.append(engine.sample(requests, n_responses=2, **settings))
+        assert results[0] == results[1]
+
+
+def without_weight(model):
+    weights = load_file(model / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+
+
+def half_written(model):
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:20_000])
+
+
+def only_pickled(model):
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+
+
+def of_another_width(model):
+    set_json(model / "config.json", intermediate_size=48)
+
+
+def with_half_its_shards(model):
+    index = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
+    set_json(model / "model.safetensors.index.json", **index)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (without_weight, "weight model.layers.1.mlp.up_proj.weight is missing in its safetensors"),
+        (half_written, "its weights cannot be loaded .*not fully covered"),
+        (only_pickled, "its weights cannot be loaded .*no file named model.safetensors"),
+        (
+            of_another_width,
+            r"down_proj.weight has shape \[32, 64\], its config.json says \[32, 48\]",
+        ),
+        (with_half_its_shards, "index.json: it names model-00002-of-00002.safetensors, which is"),
+    ],
+)
+def test_weights_that_are_not_whole_are_refused_and_not_drawn_at_random(spoil, message, tmp_path):
+    model = build_model(tmp_path / "model")
+    spoil(model)
+
+    with pytest.raises(InputError, match=message) as error:
+        load_model(str(model), "float32")
+    assert "\n" not in str(error.value)
+
+
+def test_a_prompt_of_tokens_that_the_model_does_not_have_is_refused(tmp_path):
+    model = build_model(tmp_path / "model", vocab_size=200)
+    engine = TransformersEngine(model, {1}, dtype="float32", generate_rows=8)
+
+    engine.sample([([5, 199], 0)], n_responses=1, **GREEDY)
+    with pytest.raises(InputError, match="model: its tokenizer gives .* id 200, .* has 200 tokens"):
+        engine.sample([([5, 199], 0), ([200, 5], 0)], n_responses=1, **GREEDY)
