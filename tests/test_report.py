@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from conftest import run
 
-from nanoaipo.report.figures import INK
+from nanoaipo.report.figures import INK, draw_rewards
 from nanoaipo.report.runs import CONTROL
 from nanoaipo.report.similarity import EMBEDDER
 
@@ -290,6 +290,22 @@ def test_numbers_of_the_tables_are_those_of_the_files(two, t):
     assert cells[1] == str(t)
     assert cells[2] == f"{win_rate:.1f}%{win_rate - 2:.1f} – {win_rate + 2:.1f}%"
     assert cells[5] == f"{length:.1f}{length - 0.5:.1f} – {length + 0.5:.1f}"
+
+
+@pytest.mark.parametrize("n_steps, marked", [(1, True), (2, False)])
+def test_the_rewards_of_a_single_step_are_points(n_steps, marked):
+    import matplotlib.pyplot as plt
+
+    step = {"reward_chosen": 0.5, "reward_rejected": -0.5}
+    figure, axis = plt.subplots()
+
+    draw_rewards({1: [step] * n_steps, 2: [step] * n_steps}, "red", axis)
+
+    rewards = [line for line in axis.lines if set(line.get_ydata()) in ({0.5}, {-0.5})]
+    assert len(rewards) == 4
+    for line in rewards:
+        assert (line.get_marker() == "o") is marked
+    plt.close(figure)
 
 
 def test_a_line_says_who_judged(two):

@@ -252,12 +252,13 @@ def draw_rewards(iterations, color, axis):
         top = axis.get_xaxis_transform()  # x in steps, y from 0 to 1
         axis.text(start, 1, text, transform=top, va="top", fontsize=8)
 
-        # rewards, where the log has them
+        # rewards, where the log has them; a single step would be a line without length
+        mark = "o" if len(steps) == 1 else ""
         x = range(start, start + len(steps))
         chosen = [step.get("reward_chosen", math.nan) for step in steps]
         rejected = [step.get("reward_rejected", math.nan) for step in steps]
-        axis.plot(x, chosen, "-", color=color)
-        axis.plot(x, rejected, "--", color=color)
+        axis.plot(x, chosen, "-", marker=mark, color=color)
+        axis.plot(x, rejected, "--", marker=mark, markerfacecolor="none", color=color)
         start += len(steps)
 
 
