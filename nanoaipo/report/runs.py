@@ -50,9 +50,11 @@ TRAINED = {
     "logp_chosen": ("logp chosen", "+.2f"),
     "len_chosen": ("len chosen", ".1f"),
     "len_rejected": ("len rejected", ".1f"),
-    "sampler_abs_diff": ("off sampler", ".4f"),
 }
-FIELDS = PERFORMANCE | LENGTH | TEXT | TRAINED
+SAMPLER = {
+    "sampler_abs_diff": ("off sampler", ".4f")
+}  # where pairs know what they were sampled with
+FIELDS = PERFORMANCE | LENGTH | TEXT | TRAINED | SAMPLER
 
 # stages that count, and their names on the page
 STAGES = {
@@ -258,6 +260,8 @@ def load_iteration(folder):
     if os.path.exists(metrics):
         steps = [step for _, step in read_records(metrics, "pairs", *TRAINED)]
         scores[TRAINING] = {field: mean_over_pairs(steps, field) for field in TRAINED if steps}
+        if steps and "sampler_abs_diff" in steps[0]:
+            scores[TRAINING]["sampler_abs_diff"] = steps[0]["sampler_abs_diff"]  # the run's
 
     # texts and log-probs
     answers = {}
