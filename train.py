@@ -548,7 +548,7 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
     if RANK == 0:
         metrics.close()
         os.replace(output_dir, final_dir)
-        for folder in glob.glob(os.path.join(final_dir, "step_*")):
+        for folder in glob.glob(os.path.join(glob.escape(final_dir), "step_*")):
             shutil.rmtree(folder)
     if wandb_run:
         wandb_run.finish()

@@ -38,7 +38,8 @@ def training_state(trained, optimizer):
 
 def find_checkpoints(output_dir):
     """The folders of checkpoints, oldest first."""
-    return sorted(glob.glob(os.path.join(output_dir, "step_*[0-9]")))  # step_*.tmp is not whole
+    pattern = os.path.join(glob.escape(output_dir), "step_*[0-9]")  # step_*.tmp is not whole
+    return sorted(glob.glob(pattern))
 
 
 def file_sizes(folder):

@@ -912,6 +912,13 @@ def test_a_run_killed_once_goes_on_to_the_same_bytes(where, first, long, uninter
     goes_on(tmp_path, first, uninterrupted, **long)
 
 
+def test_brackets_in_a_path_hide_no_checkpoint(long, killed, uninterrupted, tmp_path):
+    folder = tmp_path / "run[1]"
+    shutil.copytree(killed, folder / "out.tmp")
+
+    goes_on(folder, 10, uninterrupted, **long)
+
+
 def test_only_as_many_checkpoints_are_kept_as_asked(long, tmp_path):
     folder = dies(tmp_path, SAVING, **long, keep_checkpoints=3)
 
