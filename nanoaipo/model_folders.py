@@ -82,9 +82,11 @@ def read_json(path):
 def weight_file_names(folder):
     """Names of the files that hold a folder's model: what its index names, if it has one.
 
-    Raises InputError for a file that the index names and that is missing.
+    Raises InputError for a file that the index names and that is missing, and for a
+    model.safetensors that it does not name: transformers would read that one.
     """
     index = os.path.join(folder, "model.safetensors.index.json")
+    single = os.path.join(folder, "model.safetensors")
     if os.path.exists(index):
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
@@ -93,9 +95,11 @@ def weight_file_names(folder):
         for name in names:
             if not os.path.exists(os.path.join(folder, name)):
                 raise InputError(f"{index}: it names {name}, which is missing; fetch it again")
+        if os.path.exists(single) and "model.safetensors" not in names:
+            raise InputError(f"{index}: it does not name {single} beside it; remove one of the two")
         return names
 
-    if os.path.exists(os.path.join(folder, "model.safetensors")):
+    if os.path.exists(single):
         return ["model.safetensors"]
 
     # Neither an adapter beside the model, nor the same weights in Mistral's own layout

@@ -363,6 +363,21 @@ def test_an_index_names_the_files_that_are_read(mesh, tmp_path):
             load(model, mesh)
 
 
+def test_a_single_file_beside_an_index_that_does_not_name_it_is_refused(tmp_path):
+    single = tmp_path / "model.safetensors"
+    index = tmp_path / "model.safetensors.index.json"
+    for path in single, tmp_path / "a.safetensors":
+        path.touch()
+
+    # transformers reads the one, and we would read the other
+    index.write_text(json.dumps({"weight_map": {"w": "a.safetensors"}}))
+    with pytest.raises(InputError, match=f"^{index}: it does not name {single} beside it; remove"):
+        weight_file_names(tmp_path)
+
+    index.write_text(json.dumps({"weight_map": {"w": "model.safetensors"}}))
+    assert weight_file_names(tmp_path) == ["model.safetensors"]
+
+
 def test_without_an_index_the_model_is_read_and_what_lies_beside_it_is_not(tmp_path):
     for name in "b.safetensors", "a.safetensors", "adapter_model.safetensors", "a.bin":
         (tmp_path / name).touch()
