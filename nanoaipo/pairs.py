@@ -61,8 +61,9 @@ def render_pair(where, row, tokenizer, eos_ids, control, arguments):
     if (called or arguments.get("tools")) and "tool" not in str(tokenizer.chat_template):
         raise UnusableRow("no_tools", f"{where}: this model's chat template writes no tools")
 
-    # an end token behind an answer is no part of its text
-    end_tokens = tokenizer.convert_ids_to_tokens(sorted(eos_ids))
+    # an end token behind an answer is no part of its text; the model may have one without a text
+    named = tokenizer.convert_ids_to_tokens(sorted(eos_ids))
+    end_tokens = [token for token in named if token]
     chosen = without_end_marks(chosen, end_tokens)
     rejected = without_end_marks(rejected, end_tokens)
 

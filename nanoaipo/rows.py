@@ -381,6 +381,8 @@ def without_end_marks(messages, marks=END_MARKS):
 
     An answer that strikes text out in HTML, <s>so</s>, keeps its end.
     """
+    if not marks:
+        return messages
     any_mark = "|".join(map(re.escape, marks))
     ending = re.compile(rf"(?:\s*(?:{any_mark}))+\s*$")  # "2<|im_end|>\n<|endoftext|>"
     answers = []

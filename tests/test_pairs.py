@@ -11,7 +11,7 @@ from nanoaipo import chat
 from nanoaipo.errors import InputError
 from nanoaipo.messages import Dropped, UnusableRow, as_messages, template_columns
 from nanoaipo.pairs import read_pairs
-from nanoaipo.rows import pair_messages, prompt_messages
+from nanoaipo.rows import pair_messages, prompt_messages, without_end_marks
 
 
 def user(text):
@@ -446,6 +446,21 @@ def test_ids_of_another_model_end_the_run_and_null_ids_are_none(loaded, tmp_path
         read_pairs(other, tokenizer, eos_ids, 200)
     pairs, _ = read_pairs(other, tokenizer, eos_ids, 200, n_tokens=len(tokenizer) + 1)
     assert len(pairs) == 2
+
+
+def test_an_end_token_that_the_tokenizer_has_no_text_for_is_cut_from_no_answer(loaded, tmp_path):
+    tokenizer, eos_ids = loaded
+    marked = PAIR | {"chosen": "2<|end|>", "rejected": "three "}
+    path = write_lines(tmp_path / "pairs.jsonl", PAIR, marked)
+    size = len(tokenizer) + 2
+
+    pairs, _ = read_pairs(path, tokenizer, eos_ids | {size - 1}, 200, n_tokens=size)
+    assert pairs[0]["chosen_ids"] == pairs[1]["chosen_ids"]
+
+    # nor is white space where no end token has a text
+    assert tokenizer.decode(pairs[1]["rejected_ids"]).endswith("three <|end|>")
+    messages = [answer("three ")]
+    assert without_end_marks(messages, []) == messages
 
 
 def test_an_end_token_above_the_tokenizers_length_is_an_id_of_it(tmp_path):
