@@ -4,7 +4,6 @@ Tokens in, tokens out: a prompt is rendered once, to ids; the engine returns ids
 exactly those, with the end token if and only if the model produced it.
 """
 
-import contextlib
 import datetime
 import hashlib
 import json
@@ -12,14 +11,14 @@ import re
 
 from nanoaipo.errors import InputError, reason_of
 from nanoaipo.messages import RENDERERS_OWN, found_field
-from nanoaipo.model_folders import check_has_model
+from nanoaipo.model_folders import check_has_model, find_file, read_json
 
 
 def load_tokenizer(model, setting="model"):
     """(tokenizer, ids that end a turn) of a chat model.
 
-    Raises InputError, which names the setting, if it cannot be loaded, has no chat template or no
-    end token.
+    Raises InputError, which names the setting, if it or its config.json cannot be loaded, if it has
+    no chat template or no end token, or if an end token is none of the model's tokens.
     """
     from transformers import AutoTokenizer
 
@@ -27,6 +26,7 @@ def load_tokenizer(model, setting="model"):
     try:
         # not mistral_common's, which comes with vllm and has no template
         tokenizer = AutoTokenizer.from_pretrained(model, mistral_format=False)
+        n_tokens = vocabulary_size(model, tokenizer)
     except (OSError, ValueError) as e:
         raise InputError(
             f"--{setting}={model}: no model folder and no hub model that can be loaded "
@@ -44,8 +44,9 @@ def load_tokenizer(model, setting="model"):
             "default; name one so in tokenizer_config.json"
         )
 
-    eos_ids = configured_eos_ids(model)
+    eos_ids = configured_eos_ids(model, n_tokens, setting)
     if tokenizer.eos_token_id is not None:
+        check_eos_id(model, tokenizer.eos_token_id, n_tokens, "its tokenizer", setting)
         eos_ids.add(tokenizer.eos_token_id)
     if not eos_ids:
         raise InputError(
@@ -55,23 +56,37 @@ def load_tokenizer(model, setting="model"):
     return tokenizer, eos_ids
 
 
-def configured_eos_ids(model):
+def configured_eos_ids(model, n_tokens, setting="model"):
     """The end tokens that a model's generation config names, else its config, as a set.
 
-    Gemma and Llama 3 end turns with a token of their own, which is not the tokenizer's.
+    Gemma and Llama 3 end turns with a token of their own, which is not the tokenizer's. Raises
+    InputError for what is no id of the model, which has n_tokens tokens.
     """
-    from transformers import GenerationConfig
-
     named = None
-    with contextlib.suppress(OSError):  # a model may have no such config
-        named = GenerationConfig.from_pretrained(model).eos_token_id
+    source = "generation_config.json"
+    path = find_file(model, source)
+    if path is not None:  # a model may have no such config
+        named = read_json(path).get("eos_token_id")
     if named is None:
+        source = "config.json"
         named = config_value(model, "eos_token_id")
     if named is None:
         return set()
-    if isinstance(named, list):
-        return set(named)
-    return {named}
+
+    ids = named if isinstance(named, list) else [named]
+    for i in ids:
+        check_eos_id(model, i, n_tokens, source, setting)
+    return set(ids)
+
+
+def check_eos_id(model, eos_id, n_tokens, source, setting="model"):
+    """Raise InputError, which names the source, unless an end token is an id of the model."""
+    is_whole = isinstance(eos_id, int) and not isinstance(eos_id, bool)
+    if not is_whole or not 0 <= eos_id < n_tokens:
+        raise InputError(
+            f"--{setting}={model}: {source} names the eos_token_id {json.dumps(eos_id)}, but the "
+            f"model's tokens (vocab_size in config.json) are the whole numbers 0 to {n_tokens - 1}"
+        )
 
 
 def config_value(model, key):
@@ -88,9 +103,17 @@ def config_value(model, key):
 
 
 def vocabulary_size(model, tokenizer):
-    """Ids from 0 up to this are the model's: its tokenizer may have gaps, or be the smaller one."""
-    highest = max(tokenizer.added_tokens_decoder, default=-1)
-    return max(len(tokenizer), highest + 1, config_value(model, "vocab_size") or 0)
+    """Ids from 0 up to this are the model's: its tokenizer may have gaps, be smaller or larger.
+
+    Where config.json does not tell, it is that of the architecture, as when the model is loaded.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    size = getattr(config, "vocab_size", None)
+    if size is None:
+        size = max(tokenizer.get_vocab().values()) + 1
+    return size
 
 
 # ------------------------------------------------------------------------- text of control tokens

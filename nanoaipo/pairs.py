@@ -97,11 +97,12 @@ def check_ids(where, pair, n_tokens):
             raise InputError(
                 f"{where}: '{key}' is missing or empty; a pair has either all ids or none"
             )
-        if not all(isinstance(i, int) and 0 <= i < n_tokens for i in pair[key]):
-            raise InputError(
-                f"{where}: '{key}' has ids that this model's tokenizer does not know; "
-                "the pairs are another model's"
-            )
+        for i in pair[key]:
+            if not isinstance(i, int) or not 0 <= i < n_tokens:
+                raise InputError(
+                    f"{where}: '{key}' has the id {i!r}, and this model has {n_tokens} tokens "
+                    "(vocab_size in config.json): its tokenizer or the pairs are another model's"
+                )
 
 
 def check_pair(where, pair, max_length):

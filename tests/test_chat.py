@@ -338,6 +338,47 @@ def test_a_model_without_any_end_token_is_refused(tmp_path):
         chat.load_tokenizer(str(tmp_path))
 
 
+@pytest.mark.parametrize("named", ["<|end|>", -1, 262, [1, 262], [1, None], True, 1.0, {"a": 1}])
+def test_an_end_token_that_is_no_id_of_the_model_is_refused(tmp_path, named):
+    build_model(tmp_path)
+    change_json(tmp_path / "generation_config.json", eos_token_id=named)
+
+    with pytest.raises(InputError) as refusal:
+        chat.load_tokenizer(str(tmp_path))
+
+    wrong = named[1] if isinstance(named, list) else named
+    message = str(refusal.value)
+    assert message.startswith(f"--model={tmp_path}: generation_config.json names the eos_token_id")
+    assert f" {json.dumps(wrong)}, but" in message
+    assert message.endswith("are the whole numbers 0 to 261")
+
+
+def test_a_tokenizer_whose_end_token_the_model_lacks_is_refused(tmp_path):
+    build_model(tmp_path, vocab_size=300)
+    tokenizer = build_tokenizer(PLAIN, "<|pad|>")
+    tokenizer.add_tokens([f"<{n}>" for n in range(300)])
+    tokenizer.add_special_tokens({"eos_token": "<|over|>"})
+    tokenizer.save_pretrained(tmp_path)
+
+    with pytest.raises(InputError, match="its tokenizer names the eos_token_id 562, but .* to 299"):
+        chat.load_tokenizer(str(tmp_path), "judge")
+
+
+def test_end_tokens_are_read_beside_settings_that_contradict_each_other(tmp_path):
+    build_model(tmp_path)
+    change_json(
+        tmp_path / "generation_config.json",
+        eos_token_id=[1, 5],
+        num_beams=1,
+        num_return_sequences=3,
+        do_sample=False,
+    )
+
+    _, eos_ids = chat.load_tokenizer(str(tmp_path))
+
+    assert eos_ids == {1, 5}
+
+
 def test_of_named_templates_the_default_is_taken(tmp_path):
     build_model(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
@@ -363,13 +404,21 @@ def test_an_adapter_is_to_be_merged_first(tmp_path):
         chat.load_tokenizer(str(tmp_path))
 
 
-def test_the_vocabulary_is_the_models_where_the_tokenizer_has_gaps_or_is_smaller(tmp_path):
+def test_the_vocabulary_is_the_models_and_not_the_tokenizers(tmp_path):
     build_model(tmp_path, vocab_size=300)
     tokenizer, _ = chat.load_tokenizer(str(tmp_path))
 
     assert len(tokenizer) < 300
     assert chat.vocabulary_size(str(tmp_path), tokenizer) == 300
-    change_json(tmp_path / "config.json", vocab_size=None, text_config={"vocab_size": 320})
+    change_json(tmp_path / "config.json", vocab_size=200)
+    assert chat.vocabulary_size(str(tmp_path), tokenizer) == 200
+
+    # the text model's, of a model that also sees
+    config = {"model_type": "gemma3", "text_config": {"vocab_size": 320}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     assert chat.vocabulary_size(str(tmp_path), tokenizer) == 320
-    change_json(tmp_path / "config.json", text_config=None)
-    assert chat.vocabulary_size(str(tmp_path), tokenizer) == len(tokenizer)
+
+    # Gemma 3's own files leave it to the architecture
+    config["text_config"] = {}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert chat.vocabulary_size(str(tmp_path), tokenizer) == 262208

@@ -448,6 +448,17 @@ def test_ids_of_another_model_end_the_run_and_null_ids_are_none(loaded, tmp_path
     assert len(pairs) == 2
 
 
+def test_ids_above_the_models_vocabulary_end_the_run_whatever_the_tokenizer_has(loaded, tmp_path):
+    tokenizer, eos_ids = loaded
+    path = write_lines(tmp_path / "pairs.jsonl", PAIR)
+
+    # the first of the prompt that is too large: T of "Two?"
+    above = tokenizer.convert_tokens_to_ids("T")
+    message = f"pairs.jsonl:1: 'prompt_ids' has the id {above}, and this model has {above} tokens"
+    with pytest.raises(InputError, match=message):
+        read_pairs(path, tokenizer, eos_ids, 200, n_tokens=above)
+
+
 def test_an_end_token_that_the_tokenizer_has_no_text_for_is_cut_from_no_answer(loaded, tmp_path):
     tokenizer, eos_ids = loaded
     marked = PAIR | {"chosen": "2<|end|>", "rejected": "three "}
