@@ -25,13 +25,21 @@ def load_tokenizer(model, setting="model"):
     check_has_model(model, setting)
     try:
         # not mistral_common's, which comes with vllm and has no template
-        tokenizer = AutoTokenizer.from_pretrained(model, mistral_format=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model, mistral_format=False, trust_remote_code=False
+        )
         n_tokens = vocabulary_size(model, tokenizer)
-    except (OSError, ValueError) as e:
+    except Exception as e:  # of a folder's files: OSError, ValueError, KeyError, and Exception
         raise InputError(
             f"--{setting}={model}: no model folder and no hub model that can be loaded "
             f"({reason_of(e)})"
         ) from e
+    # without it the BOS that a template asks for would be left out, in silence
+    if find_file(model, "tokenizer_config.json") is None:
+        raise InputError(
+            f"--{setting}={model}: it has no tokenizer_config.json, which names the special tokens "
+            "of its chat template; fetch it again"
+        )
     if not tokenizer.chat_template:
         raise InputError(
             f"--{setting}={model}: its tokenizer has no chat template; "
@@ -109,7 +117,7 @@ def vocabulary_size(model, tokenizer):
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model).get_text_config()
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
     size = getattr(config, "vocab_size", None)
     if size is None:
         size = max(tokenizer.get_vocab().values()) + 1

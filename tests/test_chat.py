@@ -352,6 +352,12 @@ def test_an_end_token_that_is_no_id_of_the_model_is_refused(tmp_path, named):
     assert f" {json.dumps(wrong)}, but" in message
     assert message.endswith("are the whole numbers 0 to 261")
 
+    # neither may config.json name it
+    (tmp_path / "generation_config.json").unlink()
+    change_json(tmp_path / "config.json", eos_token_id=named)
+    with pytest.raises(InputError, match="--model=.*eos_token_id"):
+        chat.load_tokenizer(str(tmp_path))
+
 
 def test_a_tokenizer_whose_end_token_the_model_lacks_is_refused(tmp_path):
     build_model(tmp_path, vocab_size=300)
@@ -377,6 +383,46 @@ def test_end_tokens_are_read_beside_settings_that_contradict_each_other(tmp_path
     _, eos_ids = chat.load_tokenizer(str(tmp_path))
 
     assert eos_ids == {1, 5}
+
+
+# ------------------------------------------------------------------------- what else a folder says
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        "{",
+        "[]",
+        '{"model_type": "of_its_own"}',
+        '{"model_type": "of_its_own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}',
+        '{"model_type": "llama", "vocab_size": "many"}',
+    ],
+)
+def test_a_config_that_transformers_cannot_read_is_told_in_one_line(tmp_path, config):
+    build_model(tmp_path)
+    (tmp_path / "config.json").unlink()
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+
+    with pytest.raises(InputError, match="^--model=.* that can be loaded") as refusal:
+        chat.load_tokenizer(str(tmp_path))
+
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_tokenizer_without_its_settings_is_refused_for_its_bos_would_be_lost(tmp_path):
+    build_model(tmp_path)
+    assert (tmp_path / "chat_template.jinja").exists()
+    (tmp_path / "tokenizer_config.json").unlink()
+
+    with pytest.raises(InputError, match="--model=.*: it has no tokenizer_config.json"):
+        chat.load_tokenizer(str(tmp_path))
+
+    # a broken tokenizer raises errors of other kinds
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="^--model=.* that can be loaded"):
+        chat.load_tokenizer(str(tmp_path))
 
 
 def test_of_named_templates_the_default_is_taken(tmp_path):
