@@ -14,6 +14,7 @@ one check of this table. In the spirit of IFEval (2311.07911), with checks and w
     bullets N              exactly N lines that begin with "- ", "* ", "+ " or "• "
     numbered N             exactly N lines that begin with a number and "." or ")", from 1 to N
     contains TEXT          the text is in it, as whole words; beside it "times" K: at least K times
+    contains_any [TEXT]    one of these texts is in it
     no TEXT                the text is nowhere in it, as whole words; "," and the like anywhere
     begins_with TEXT       the text comes first, as whole words
     ends_with TEXT         the text comes last, as whole words
@@ -21,6 +22,7 @@ one check of this table. In the spirit of IFEval (2311.07911), with checks and w
     uppercase true         it has letters, and all are capital ones
     title true             its first line holds a title in double angle brackets: <<On rivers>>
     quoted true            all of it stands between two double quotes
+    varied true            no sentence and no item of a list comes a third time in it
     json true              all of it is a JSON object or array, markdown's ``` around it or not
 
 White space around a response does not count, nor do quotes and markdown's * _ # > before what
@@ -28,6 +30,7 @@ begins or behind what ends it. Texts are sought in upper or lower case, and curl
 straight ones. An empty response follows nothing.
 """
 
+import collections
 import json
 import re
 
@@ -103,6 +106,8 @@ def parse_instruction(instruction):
     # of what type the value has to be
     if name in TEXTS and (not isinstance(value, str) or not value.strip()):
         raise TypeError(f"'{name}' takes a text, not {value!r}")
+    if name == "contains_any" and not is_list_of_texts(value):
+        raise TypeError(f"'contains_any' takes a list of texts, not {value!r}")
     if name in FORMS and value is not True:
         raise TypeError(f"'{name}' takes true, not {value!r}")
     if name in COUNTS and not is_count(value):
@@ -117,6 +122,13 @@ def is_count(value):
     return type(value) is int and value > 0
 
 
+def is_list_of_texts(value):
+    """Whether a value is a list of one text or more."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(text, str) and text.strip() for text in value)
+
+
 # ---- counts ----
 
 
@@ -124,14 +136,19 @@ def count_words(text):
     return len(WORD.findall(text))
 
 
-def count_sentences(text):
-    total = 0
+def sentences_of(text):
+    """The sentences and the items of lists in a text, each without the mark of its end."""
+    found = []
     for block in text_blocks(text):
         # each item of a list begins anew
         for part in LIST_MARK.split(block):
             pieces = END.split(ABBREVIATION.sub(r"\1", part))
-            total += sum(1 for piece in pieces if WORD.search(piece))
-    return total
+            found += [piece.strip(" \n.!?…。") for piece in pieces if WORD.search(piece)]
+    return found
+
+
+def count_sentences(text):
+    return len(sentences_of(text))
 
 
 def count_paragraphs(text):
@@ -207,6 +224,10 @@ def contains(text, phrase):
     return len(occurrences(text, phrase)) > 0
 
 
+def contains_any(text, phrases):
+    return any(occurrences(text, phrase) for phrase in phrases)
+
+
 def no(text, phrase):
     return not occurrences(text, phrase)
 
@@ -238,6 +259,11 @@ def title(text, _):
 
 def quoted(text, _):
     return re.fullmatch(r'".*\w.*"', text.translate(STRAIGHT), re.DOTALL) is not None
+
+
+def varied(text, _):
+    repeats = collections.Counter(sentence.lower() for sentence in sentences_of(text))
+    return max(repeats.values(), default=0) < 3
 
 
 def is_json(text, _):
@@ -274,6 +300,7 @@ FORMS = {
     "uppercase": uppercase,
     "title": title,
     "quoted": quoted,
+    "varied": varied,
     "json": is_json,
 }
-CHECKS = COUNTS | TEXTS | FORMS
+CHECKS = COUNTS | TEXTS | FORMS | {"contains_any": contains_any}

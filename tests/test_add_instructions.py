@@ -90,7 +90,8 @@ def test_as_many_instructions_ask_for_more_as_for_less(instructed):
         for instruction in record["answer"]["follow"]:
             numbers[next(iter(instruction))] += 1
 
-    assert set(KINDS) == set(following.CHECKS)
+    not_asked = {"contains_any", "varied"}  # what an answer has to be in any case
+    assert set(KINDS) == set(following.CHECKS) - not_asked
     assert min(numbers.values()) > 20
     for less, more in COUNTERPARTS:
         total = numbers[less] + numbers[more]

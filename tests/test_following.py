@@ -2,7 +2,14 @@
 
 import pytest
 
-from nanoaipo.following import CHECKS, followed, instructions_of, share_followed
+from nanoaipo.following import (
+    CHECKS,
+    FORMS,
+    TEXTS,
+    followed,
+    instructions_of,
+    share_followed,
+)
 from nanoaipo.grading import is_right, share_right
 
 TWO_PARAGRAPHS = "Rivers carry water.\n \nThey also carry sand."
@@ -45,6 +52,8 @@ FENCED = '```json\n{"river": "Nile"}\n```'
         ("The river.", {"contains": "river", "times": 2}, False),
         ("Rivers", {"contains": "river"}, False),
         ("黄河很长", {"contains": "河"}, True),
+        ("A lake.", {"contains_any": ["river", "lake"]}, True),
+        ("A pond.", {"contains_any": ["river", "lake"]}, False),
         ("Red and blue", {"no": ","}, True),
         ("Red, blue", {"no": ","}, False),
         ("A party", {"no": "art"}, True),
@@ -64,6 +73,9 @@ FENCED = '```json\n{"river": "Nile"}\n```'
         ("123", {"lowercase": True}, False),
         ("IT IS 3", {"uppercase": True}, True),
         ("IT iS 3", {"uppercase": True}, False),
+        ("It flows. It flows. Rivers do.", {"varied": True}, True),
+        ("It flows. it flows. Rivers do. It flows!", {"varied": True}, False),
+        ("- sand\n- mud\n- sand\n- sand", {"varied": True}, False),
         ("<<On rivers>>\n\nThey flow.", {"title": True}, True),
         ("# <<On rivers>>\nThey flow.", {"title": True}, True),
         ("They flow.\n<<On rivers>>", {"title": True}, False),
@@ -87,10 +99,13 @@ def test_what_follows_an_instruction(text, instruction, verdict):
 
 def example(name):
     """An instruction with a check of this name."""
-    value = {"contains": "x", "no": "x", "begins_with": "x", "ends_with": "x"}.get(name)
-    if value is None:
-        value = True if name in ("lowercase", "uppercase", "title", "quoted", "json") else 2
-    return {name: value}
+    if name in TEXTS:
+        return {name: "x"}
+    if name in FORMS:
+        return {name: True}
+    if name == "contains_any":
+        return {name: ["x", "y"]}
+    return {name: 2}
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -130,6 +145,8 @@ def test_keys_that_a_data_set_fills_with_null_are_no_keys():
         ({"follow": [{"bullets": True}]}, TypeError, "'bullets' takes a whole number above 0"),
         ({"follow": [{"paragraphs": 0}]}, TypeError, "'paragraphs' takes a whole number above 0"),
         ({"follow": [{"no": 3}]}, TypeError, "'no' takes a text, not 3"),
+        ({"follow": [{"contains_any": "a"}]}, TypeError, "'contains_any' takes a list of texts"),
+        ({"follow": [{"contains_any": []}]}, TypeError, "'contains_any' takes a list of texts"),
         ({"follow": [{"begins_with": " "}]}, TypeError, "'begins_with' takes a text"),
         ({"follow": [{"json": False}]}, TypeError, "'json' takes true, not False"),
         ({"follow": [{"contains": "a", "times": 0}]}, TypeError, "'times' takes a whole number"),
