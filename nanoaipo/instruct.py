@@ -26,7 +26,8 @@ HEADING = (
     "Here are tasks that people have given to an assistant. "
     "All are different in topic, form and length.\n"
 )
-MIN_CALLS = 128  # in a round (AIPO)
+FIRST_CALLS = 16  # in the first round; the next have twice as many each, so that counts come early
+MIN_CALLS = 128  # in a later round (AIPO)
 MAX_CALLS = 4096  # in a round
 MAX_REPLY_TOKENS = 1024  # AIPO
 MIN_TOKENS = 4  # of an instruction
@@ -169,8 +170,9 @@ def collect(wanted, call_policy, reason_to_drop, seen, counts, out, manifest):
         if missing == 0 or counts["calls"] >= PATIENCE * max(wanted, MIN_CALLS):
             return instructions
 
-        # one round, of a quarter more calls than are missing
+        # one round, of a quarter more calls than are missing; the first ones are shorter
         n_calls = max(MIN_CALLS, min(MAX_CALLS, 5 * missing // 4))
+        n_calls = min(n_calls, FIRST_CALLS * 2**n_round)
         for text, finished in call_policy(n_calls, n_round):
             counts["calls"] += 1
             reason = reason_to_drop(text, finished)
