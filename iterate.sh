@@ -62,6 +62,11 @@ for ((t = 1; t <= iterations; t++)); do
     stage generate "$engines" --task=instructions --n_prompts="$new_instructions" \
       --iteration="$t" --model="$policy" --out="$iteration_dir/prompts.jsonl"
     prompts_from=(--prompts="$iteration_dir/prompts.jsonl" --prompt_field= --n_prompts=0)
+    if ((checkable)); then
+      python -m nanoaipo.add_instructions "$out/recipe.py" --prompts="$iteration_dir/prompts.jsonl" \
+        --prompt_field= --most="$checkable" --out="$iteration_dir/instructed.jsonl"
+      prompts_from=(--prompts="$iteration_dir/instructed.jsonl" --prompt_field= --n_prompts=0)
+    fi
   fi
 
   # sample candidates from the policy, unless they or the pairs come from elsewhere
