@@ -254,7 +254,7 @@ def main():
         print(f"{prompts}: {dropped}")
     if n_replaced:
         print(f"{n_replaced} prompts had an 'answer', which their instructions replace")
-    numbers = ", ".join(f"{n} {name}" for name, n in counts.items())
+    numbers = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
     print(f"{len(lines)} prompts, {counts.total()} instructions ({numbers}) -> {out}")
 
 
