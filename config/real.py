@@ -19,7 +19,7 @@ top_k = 0                               # off
 max_new_tokens = 128                    # of some 70
 
 # rank
-ranker = "answer"                       # the share of its instructions that a response follows
+ranker = "answer"                       # right is what follows all of its instructions
 pair_rule = "right_wrong"               # followed against not followed
 max_pairs = 3                           # of a prompt
 

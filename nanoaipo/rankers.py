@@ -21,7 +21,7 @@ from tqdm import tqdm
 from nanoaipo.chat import control_pattern, render, template_arguments
 from nanoaipo.engines import exact_attention
 from nanoaipo.errors import InputError, reason_of
-from nanoaipo.grading import share_right
+from nanoaipo.grading import is_right
 from nanoaipo.judges import from_rewards, judge, prompt_text, zermelo
 from nanoaipo.packing import batches_by_length
 from nanoaipo.processes import pick_device
@@ -238,7 +238,8 @@ def reward(
 def answer(model, counts, *, reward_temperature=1.0, **_):
     """1 for a response that gives the prompt's `answer`, else 0 (Iterative RPO, 2404.19733).
 
-    Where `answer` is a list of instructions to follow: the share of them that it follows.
+    Of instructions it has to follow all. Their share as the score would prefer whoever follows two
+    of three to whoever follows one, and what most responses do anyway would crowd out the rest.
     """
 
     def rank(rows):
@@ -247,7 +248,7 @@ def answer(model, counts, *, reward_temperature=1.0, **_):
             if row.get("answer") is None:
                 raise InputError(f"{where} has no 'answer'")
             try:
-                rewards = [share_right(text, row["answer"]) for text in row["texts"]]
+                rewards = [float(is_right(text, row["answer"])) for text in row["texts"]]
             except (LookupError, TypeError, re.error) as e:
                 reason = f"{type(e).__name__}: {e}"
                 raise InputError(

@@ -753,6 +753,16 @@ def test_the_answer_ranker_gives_one_or_nothing_and_names_a_prompt_without_answe
     assert "\n" not in str(error.value)
 
 
+def test_the_answer_ranker_rewards_only_who_follows_all_instructions():
+    texts = ["red and blue", "red, blue", "Red, blue"]
+    answer = {"follow": [{"no": ","}, {"lowercase": True}]}
+    row = {"id": "q", "prompt": [], "texts": texts, "answer": answer}
+
+    ((scores, _),) = labels_of("answer", "", {"seed": 3}, [row])
+
+    assert scores.tolist() == [1.0, 0.0, 0.0]
+
+
 def test_a_rankers_own_defaults_are_those_of_the_settings():
     """eval.py does not declare all of them, so a ranker falls back to its own."""
     compared = set()
