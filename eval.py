@@ -27,8 +27,8 @@ from configurator import configure, run_script
 from nanoaipo.chat import template_arguments
 from nanoaipo.errors import InputError
 from nanoaipo.files import write_json
-from nanoaipo.following import instructions_of
-from nanoaipo.grading import share_right
+from nanoaipo.following import instructions_of, share_followed
+from nanoaipo.grading import is_right
 from nanoaipo.prompts import read_candidates
 from nanoaipo.responses import answer_length
 from nanoaipo.stages import fingerprint, manifest_path, open_stage
@@ -211,10 +211,10 @@ def score_answers(prompts, ours, theirs, won):
 
 
 def grade_answers(prompts, responses):
-    """What the prompts' own answers say of the responses: two lists of numbers from 0 to 1.
+    """What the prompts' `answer` says of the responses: (whether right, shares of instructions).
 
-    Whether each is right, and the share of the instructions that it follows where its prompt's
-    `answer` is a list of them. Prompts without `answer` are in neither.
+    A response is in the second list, with the share that it follows, where its prompt's `answer`
+    lists instructions, else in the first. Prompts without `answer` are in neither.
     """
     right = []
     shares = []
@@ -222,18 +222,17 @@ def grade_answers(prompts, responses):
         if prompt.get("answer") is None:
             continue
         try:
-            has_instructions = instructions_of(prompt["answer"]) is not None
-            share = share_right(response["text"], prompt["answer"])
+            instructions = instructions_of(prompt["answer"])
+            if instructions is None:
+                right.append(is_right(response["text"], prompt["answer"]))
+            else:
+                shares.append(share_followed(response["text"], instructions))
         except (LookupError, TypeError, re.error) as e:
             reason = f"{type(e).__name__}: {e}"
             raise InputError(
                 f"prompt '{prompt['id']}': its 'answer' is not as nanoaipo/grading.py has it "
                 f"({reason})"
             ) from e
-        if has_instructions:
-            shares.append(share)
-        else:
-            right.append(share)
     return right, shares
 
 

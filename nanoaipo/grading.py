@@ -84,17 +84,6 @@ def is_right(text, answer):
     return says(text, answer)
 
 
-def share_right(text, answer):
-    """1 for a right answer and 0 for a wrong one; of instructions, the share that is followed.
-
-    Raises what is_right raises.
-    """
-    instructions = instructions_of(answer)
-    if instructions is not None:
-        return share_followed(text, instructions)
-    return float(is_right(text, answer))
-
-
 def respell(text):
     """The text with its numbers written as NUMBER finds them, but for commas of thousands."""
     for pattern, spelling in SPELLINGS:

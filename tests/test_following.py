@@ -10,7 +10,7 @@ from nanoaipo.following import (
     instructions_of,
     share_followed,
 )
-from nanoaipo.grading import is_right, share_right
+from nanoaipo.grading import is_right
 
 TWO_PARAGRAPHS = "Rivers carry water.\n \nThey also carry sand."
 FENCED = '```json\n{"river": "Nile"}\n```'
@@ -124,9 +124,7 @@ def test_strictly_all_are_followed_and_loosely_a_share_of_them():
     assert share_followed("red, blue", instructions) == 0.5
     assert is_right("- red blue", answer) is True
     assert is_right("- Red blue", answer) is False
-    assert share_right("- Red blue", answer) == 0.75
-    assert share_right("It is 12", 12) == 1
-    assert share_right("It is 13", 12) == 0
+    assert share_followed("- Red blue", instructions) == 0.75
 
 
 def test_keys_that_a_data_set_fills_with_null_are_no_keys():
