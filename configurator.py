@@ -31,7 +31,7 @@ processes = 1                           # processes per stage, one per GPU; abov
 engines = 0                             # processes of generate; 0: as many as processes
 rank_processes = 0                      # processes of rank; 0: as many as processes
 new_instructions = 0                    # self-instruct per iteration (AIPO: 20,000); 0: the pool
-checkable = 0                           # instructions that code can check, behind each of them
+checkable = 0                           # checkable instructions behind each of these, at most
 # a file or NAME:SPLIT each; of several, with spaces between, iterations take theirs in turn
 pairs = ""                              # pairs to train on, not the policy's own
 candidates = ""                         # responses to rank, not the policy's own
@@ -251,6 +251,11 @@ def resolve(arguments, every):
         raise InputError(
             f"{recipe}: of pairs, candidates and new_instructions "
             "only one can be what a run is made of"
+        )
+    if changed.get("checkable") and not changed.get("new_instructions"):
+        raise InputError(
+            f"--checkable={changed['checkable']}: is for new_instructions; for prompts of a file: "
+            "python -m nanoaipo.add_instructions"
         )
 
     # the run's folder is called like the recipe, unless --out says otherwise

@@ -296,6 +296,14 @@ def test_a_run_is_made_of_its_own_pairs_or_candidates_or_of_others_but_not_of_bo
     assert "of pairs, candidates and new_instructions only one can be" in text
 
 
+def test_checkable_instructions_are_for_the_prompts_that_a_run_writes(resolve):
+    assert resolve("--model=m", "--new_instructions=8", "--checkable=1")[0] == 0
+    code, text = resolve("--model=m", "--checkable=1")
+
+    assert code == 1
+    assert "--checkable=1: is for new_instructions" in text
+
+
 def test_a_run_keeps_the_day_on_which_it_was_started(resolve, tmp_path):
     recipe = tmp_path / "out/run/recipe.py"
 
