@@ -242,6 +242,17 @@ def test_a_plan_has_no_rounds_without_pairs_when_the_budget_is_below_a_pair():
     assert packing.plan([900, 10], [0, 1], 2, 1, 100) == [[[[0]], [[1]]]]
 
 
+@pytest.mark.parametrize("kernel", ["packed_sdpa", "padded"])
+def test_the_tokens_that_are_planned_for_a_pair_are_those_of_its_rows(kernel, tiny_model, pairs):
+    records, _ = read_pairs(pairs, *chat.load_tokenizer(tiny_model), 2560)
+
+    planned = packing.tokens_of_pairs(records, padded=kernel == "padded")
+
+    for record, n_tokens in zip(records, planned):
+        row, *_ = pack([record], kernel)
+        assert row["input_ids"].numel() == n_tokens
+
+
 @pytest.mark.parametrize("layout", [(2, 1), (4, 2)], ids=["2-copies", "2-copies-of-2-shards"])
 def test_copies_of_the_weights_give_the_weights_of_one_process(layout, plain_run, tmp_path):
     processes, shard_size = layout
