@@ -22,7 +22,7 @@ from nanoaipo.engines import context_length, load_engine
 from nanoaipo.errors import InputError
 from nanoaipo.files import shard_path
 from nanoaipo.seeds import derive_seed
-from nanoaipo.thoughts import split_thought_ids, with_thought
+from nanoaipo.thoughts import MARKS, split_thought_ids, with_thought
 
 REQUIRED = ("model", "messages")
 OPTIONAL = ("temperature", "top_p", "max_tokens", "logprobs", "top_logprobs")
@@ -363,7 +363,8 @@ def reply_text(tokenizer, prompt_ids, ids):
     if thought is None:
         return answer
     if not has_ended:
-        return f"<think>\n{thought}"
+        begins, _ = MARKS[0]
+        return f"{begins}\n{thought}"
     return with_thought(thought, answer)
 
 

@@ -51,9 +51,8 @@ TRAINED = {
     "len_chosen": ("len chosen", ".1f"),
     "len_rejected": ("len rejected", ".1f"),
 }
-SAMPLER = {
-    "sampler_abs_diff": ("off sampler", ".4f")
-}  # where pairs know what they were sampled with
+# a run's constant, where its pairs know what they were sampled with
+SAMPLER = {"sampler_abs_diff": ("off sampler", ".4f")}
 FIELDS = PERFORMANCE | LENGTH | TEXT | TRAINED | SAMPLER
 
 # stages that count, and their names on the page
