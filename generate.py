@@ -18,7 +18,13 @@ import random
 from configurator import configure, run_script
 from nanoaipo.benchmarks.official_files import write_official_files
 from nanoaipo.benchmarks.write_answers import write_answers
-from nanoaipo.chat import control_pattern, load_tokenizer, render, template_arguments
+from nanoaipo.chat import (
+    control_pattern,
+    load_tokenizer,
+    render,
+    row_arguments,
+    template_arguments,
+)
 from nanoaipo.engines import context_length, load_engine
 from nanoaipo.errors import InputError
 from nanoaipo.instruct import compile_unfit, write_instructions
@@ -89,13 +95,10 @@ def read_pool(tokenizer, room, arguments):
 
         where = f"{prompts}: prompt '{row['id']}'"
         try:
-            own = arguments | template_columns(where, row)
+            own = row_arguments(tokenizer, where, row, arguments)
             row["prompt_ids"] = render(tokenizer, row["prompt"], where, arguments=own)
         except UnusableRow as e:
             dropped.add(e.reason, e)
-            continue
-        except InputError as e:
-            dropped.add("refused_by_template", e)
             continue
         if len(row["prompt_ids"]) > max_tokens:
             counts["too_long"] += 1

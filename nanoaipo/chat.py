@@ -10,7 +10,7 @@ import json
 import re
 
 from nanoaipo.errors import InputError, reason_of
-from nanoaipo.messages import RENDERERS_OWN, found_field
+from nanoaipo.messages import RENDERERS_OWN, UnusableRow, found_field, template_columns
 from nanoaipo.model_folders import check_has_model, find_file, read_json
 
 
@@ -186,8 +186,26 @@ def template_arguments(template_kwargs, date):
     return arguments
 
 
+def row_arguments(tokenizer, where, row, arguments=None):
+    """What the template of a row's prompt is handed: a run's arguments, then the row's own.
+
+    Raises UnusableRow for columns that cannot be handed on, and for tools that the template would
+    leave out in silence.
+    """
+    arguments = (arguments or {}) | template_columns(where, row)
+    if arguments.get("tools"):
+        check_writes_tools(tokenizer, where)
+    return arguments
+
+
+def check_writes_tools(tokenizer, where):
+    """Raise UnusableRow if a template knows no tools."""
+    if "tool" not in str(tokenizer.chat_template):
+        raise UnusableRow("no_tools", f"{where}: this model's chat template writes no tools")
+
+
 def written_by_template(tokenizer, messages, where, arguments, opens=False):
-    """The text of a conversation; raises InputError, which names `where`, if it is refused."""
+    """The text of a conversation; raises UnusableRow, which names `where`, if it is refused."""
     from jinja2 import TemplateError
 
     try:
@@ -195,19 +213,20 @@ def written_by_template(tokenizer, messages, where, arguments, opens=False):
             messages, add_generation_prompt=opens, tokenize=False, **(arguments or {})
         )
     except (TemplateError, TypeError, ValueError) as e:  # the latter two: of odd arguments
-        raise InputError(
-            f"{where}: this model's chat template refuses the prompt: {reason_of(e)}"
+        raise UnusableRow(
+            "refused_by_template",
+            f"{where}: this model's chat template refuses the prompt: {reason_of(e)}",
         ) from e
 
 
 def render(tokenizer, messages, where, control=None, opens=True, arguments=None):
     """Ids of a conversation, with the assistant's turn opened at its end if `opens`.
 
-    arguments: of the template, from template_arguments and the row's own columns.
+    arguments: of the template, as template_arguments or row_arguments gives them.
 
     The template writes the BOS, and none is added. Text of a message that spells a control token
     becomes that token, so callers drop such prompts, or pass the pattern `control`: then it stays
-    text. Raises InputError, which names `where`, if the template refuses the messages (Gemma-2: a
+    text. Raises UnusableRow, which names `where`, if the template refuses the messages (Gemma-2: a
     system one).
     """
     name = unused_name(messages)

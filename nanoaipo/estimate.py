@@ -18,9 +18,9 @@ import shutil
 import statistics
 from types import SimpleNamespace
 
-from nanoaipo.chat import load_tokenizer, render, template_arguments
+from nanoaipo.chat import load_tokenizer, render, row_arguments, template_arguments
 from nanoaipo.errors import InputError, reason_of
-from nanoaipo.messages import Dropped, UnusableRow, template_columns
+from nanoaipo.messages import Dropped, UnusableRow
 from nanoaipo.processes import DTYPES, pick_device
 from nanoaipo.prompts import read_prompts
 
@@ -235,13 +235,10 @@ def fitting_lengths(path, sample, s, dropped):
     for row in sample:
         where = f"{path}: prompt '{row['id']}'"
         try:
-            own = arguments | template_columns(where, row)
+            own = row_arguments(tokenizer, where, row, arguments)
             length = len(render(tokenizer, row["prompt"], where, arguments=own))
         except UnusableRow as e:
             dropped.add(e.reason, e)
-            continue
-        except InputError as e:
-            dropped.add("refused_by_template", e)
             continue
         if length <= s.max_prompt_tokens:
             fitting.append(length)

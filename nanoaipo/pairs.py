@@ -2,10 +2,10 @@
 
 import array
 
-from nanoaipo.chat import control_pattern, render
+from nanoaipo.chat import check_writes_tools, control_pattern, render, row_arguments
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
-from nanoaipo.messages import Dropped, UnusableRow, template_columns
+from nanoaipo.messages import Dropped, UnusableRow
 from nanoaipo.processes import print0
 from nanoaipo.response_text import Template, render_response
 from nanoaipo.rows import pair_messages, without_end_marks
@@ -34,7 +34,7 @@ def read_pairs(path, tokenizer, eos_ids, max_length, arguments=None, n_tokens=No
         try:
             # the sampled ids where they came along
             if all(row.get(key) is None for key in IDS):
-                row |= render_pair(where, row, tokenizer, eos_ids, control, arguments or {})
+                row |= render_pair(where, row, tokenizer, eos_ids, control, arguments)
             check_ids(where, row, n_tokens)
             check_pair(where, row, max_length)
         except UnusableRow as e:
@@ -52,14 +52,11 @@ def read_pairs(path, tokenizer, eos_ids, max_length, arguments=None, n_tokens=No
 
 
 def render_pair(where, row, tokenizer, eos_ids, control, arguments):
-    """{column: ids} of a pair that came as text; raises UnusableRow, with the reason."""
+    """The columns of a pair that came as text; raises UnusableRow, with the reason."""
     prompt, chosen, rejected = pair_messages(where, row)
-    arguments = arguments | template_columns(where, row)
-
-    # a template without tools leaves them out, in silence
-    called = [message for message in chosen + rejected if message.get("tool_calls")]
-    if (called or arguments.get("tools")) and "tool" not in str(tokenizer.chat_template):
-        raise UnusableRow("no_tools", f"{where}: this model's chat template writes no tools")
+    arguments = row_arguments(tokenizer, where, row, arguments)
+    if any(message.get("tool_calls") for message in chosen + rejected):
+        check_writes_tools(tokenizer, where)
 
     # an end token behind an answer is no part of its text; the model may have one without a text
     named = tokenizer.convert_ids_to_tokens(sorted(eos_ids))
@@ -78,16 +75,13 @@ def render_pair(where, row, tokenizer, eos_ids, control, arguments):
             )
 
     template = Template(tokenizer, control, arguments, where)
-    try:
-        prompt_ids = render(tokenizer, prompt, where, arguments=arguments)
-        ids = {"prompt_ids": prompt_ids}
-        for name, response in (("chosen_ids", chosen), ("rejected_ids", rejected)):
-            ids[name] = render_response(template, eos_ids, prompt, prompt_ids, response)
-    except UnusableRow:  # what render_response says of a response
-        raise
-    except InputError as e:
-        raise UnusableRow("refused_by_template", str(e)) from e
-    return ids
+    prompt_ids = render(tokenizer, prompt, where, arguments=arguments)
+    columns = {"prompt_ids": prompt_ids}
+    for name, response in (("chosen_ids", chosen), ("rejected_ids", rejected)):
+        columns[name] = render_response(template, eos_ids, prompt, prompt_ids, response)
+
+    # log-probs that came with texts are those of other tokens
+    return columns | {"chosen_logp": None, "rejected_logp": None}
 
 
 def check_ids(where, pair, n_tokens):

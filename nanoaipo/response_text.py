@@ -49,7 +49,7 @@ class Template:
 
     tokenizer: object
     control: re.Pattern  # of chat.control_pattern
-    arguments: dict  # of chat.template_arguments and messages.template_columns
+    arguments: dict  # of chat.row_arguments
     where: str  # the place that errors name
 
     def write(self, messages, opens=False):
@@ -76,7 +76,7 @@ def render_response(template, eos_ids, prompt, prompt_ids, response):
     Raises UnusableRow where the template would not write the response so: it rewrites the answer
     (reason rewritten), it opens a thought and the response has none (no_thought), it closes one and
     the response thinks again (unwanted_thought), or the response is a thought without an answer
-    (no_answer). Raises InputError if it refuses the conversation. Both name the template's `where`.
+    (no_answer), or it refuses the conversation (refused_by_template).
     """
     # 1. the prompt; text that spells control tokens goes as a stand-in, see chat.py
     name = unused_name(prompt + response)

@@ -93,6 +93,8 @@ def written(template, content, arguments=None, prompt=QUESTION, **keys):
         ids = render_response(chat_template, eos_ids, prompt, prompt_ids, response)
     except UnusableRow as e:
         assert str(e).startswith("here: ")
+        if e.reason == "refused_by_template":
+            raise
         return tokenizer.decode(prompt_ids), None
     return tokenizer.decode(prompt_ids), tokenizer.decode(ids)
 

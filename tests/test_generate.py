@@ -183,6 +183,7 @@ def test_rows_without_a_prompt_that_can_be_used_are_dropped_and_counted(tmp_path
         {"prompt": system},
         {"prompt": 3},
         {"prompt": "hi", "chat_template_kwargs": {"tokenize": True}},
+        {"prompt": "hi", "tools": [{"name": "weather"}]},
     ]
     write_rows(tmp_path / "p.jsonl", rows)
     settings = {
@@ -196,9 +197,9 @@ def test_rows_without_a_prompt_that_can_be_used_are_dropped_and_counted(tmp_path
     done = run("generate.py", out=tmp_path / "c.jsonl", **settings)
 
     assert done.returncode == 0, done.stderr
-    assert "3 rows dropped" in done.stdout
+    assert "4 rows dropped" in done.stdout
     counts = read_counts(tmp_path, "c")
-    for key in ("prompts", "refused_by_template", "no_messages", "no_json"):
+    for key in ("prompts", "refused_by_template", "no_messages", "no_json", "no_tools"):
         assert counts[key] == 1
 
     # where none is left, the reasons are in the error

@@ -380,6 +380,15 @@ def test_tools_and_template_settings_of_a_row_and_of_the_run_reach_the_template(
     assert "weather" not in third
 
 
+def test_log_probs_that_came_with_texts_are_not_those_of_our_tokens(loaded, tmp_path):
+    path = write_lines(tmp_path / "pairs.jsonl", PAIR | {"chosen_logp": -7.5, "margin": 2.0})
+
+    (pair,), _ = read_pairs(path, *loaded, 200)
+
+    assert pair["margin"] == 2.0
+    assert "chosen_logp" not in pair
+
+
 def test_tools_that_the_template_does_not_write_are_refused(loaded, tmp_path, capsys):
     call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
     path = write_lines(

@@ -6,10 +6,10 @@ A record carries the answer to the first turn in `responses`, those to further t
 
 import functools
 
-from nanoaipo.chat import control_pattern, render
+from nanoaipo.chat import control_pattern, render, row_arguments
 from nanoaipo.engines import context_length
 from nanoaipo.errors import InputError
-from nanoaipo.messages import Dropped, UnusableRow, template_columns
+from nanoaipo.messages import Dropped, UnusableRow
 from nanoaipo.processes import RANK, WORLD_SIZE, print0
 from nanoaipo.prompts import read_prompts
 from nanoaipo.responses import count_and_print, response_record
@@ -105,13 +105,10 @@ def render_and_measure(rows, tokenizer, limit, prompts, max_new_tokens, dropped,
     for row in rows:
         where = f"{prompts}: prompt '{row['id']}'"
         try:
-            own = (arguments or {}) | template_columns(where, row)
+            own = row_arguments(tokenizer, where, row, arguments)
             row["prompt_ids"] = render(tokenizer, row["prompt"], where, control, arguments=own)
         except UnusableRow as e:
             dropped.add(e.reason, e)
-            continue
-        except InputError as e:
-            dropped.add("refused_by_template", e)
             continue
         rendered.append(row)
 
@@ -165,7 +162,7 @@ def answer_block(
             requests = []
             for k in asked:
                 where = f"{prompts}: prompt '{rows[k]['id']}'"
-                own = (arguments or {}) | template_columns(where, rows[k])
+                own = row_arguments(tokenizer, where, rows[k], arguments)
                 ids = render(tokenizer, conversations[k], where, control, arguments=own)
                 requests.append((ids, derive_seed(seed, iteration, rows[k]["id"], turn)))
 
