@@ -22,7 +22,7 @@ one check of this table. In the spirit of IFEval (2311.07911), with checks and w
     uppercase true         it has letters, and all are capital ones
     title true             its first line holds a title in double angle brackets: <<On rivers>>
     quoted true            all of it stands between two double quotes
-    varied true            no sentence and no item of a list comes a third time in it
+    varied true            no sentence, no item of a list, no six words in a row come a third time
     json true              all of it is a JSON object or array, markdown's ``` around it or not
 
 White space around a response does not count, nor do quotes and markdown's * _ # > before what
@@ -263,7 +263,11 @@ def quoted(text, _):
 
 def varied(text, _):
     repeats = collections.Counter(sentence.lower() for sentence in sentences_of(text))
-    return max(repeats.values(), default=0) < 3
+
+    # within a sentence, too, a policy may run in a circle
+    words = re.findall(r"\w+", text.lower())
+    runs = collections.Counter(tuple(words[k : k + 6]) for k in range(len(words) - 5))
+    return max((repeats | runs).values(), default=0) < 3
 
 
 def is_json(text, _):

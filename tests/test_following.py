@@ -76,6 +76,12 @@ FENCED = '```json\n{"river": "Nile"}\n```'
         ("It flows. It flows. Rivers do.", {"varied": True}, True),
         ("It flows. it flows. Rivers do. It flows!", {"varied": True}, False),
         ("- sand\n- mud\n- sand\n- sand", {"varied": True}, False),
+        (
+            "It is a way to go, and it is a way to go, and it is a way to go.",
+            {"varied": True},
+            False,
+        ),
+        ("In art, a river is a way to go; so in law a river is a way.", {"varied": True}, True),
         ("<<On rivers>>\n\nThey flow.", {"title": True}, True),
         ("# <<On rivers>>\nThey flow.", {"title": True}, True),
         ("They flow.\n<<On rivers>>", {"title": True}, False),
