@@ -4,7 +4,8 @@
 
 A question is a JSON object with model, messages, temperature, max_tokens, and `about` or whatever
 else tells it from the others. A reply is an object too: {reply: text, usage, ...}, or {reply: "",
-error} where there is no answer. Its text is kept as it came, a thought before the answer included.
+error} where there is no answer. Its text is kept as it came, a thought before the answer included,
+and beside the name asked for stand the model and the system fingerprint that the server reports.
 """
 
 import concurrent.futures
@@ -21,7 +22,9 @@ from nanoaipo.chat import control_pattern, load_tokenizer, render
 from nanoaipo.engines import context_length, load_engine
 from nanoaipo.errors import InputError
 from nanoaipo.files import shard_path
+from nanoaipo.processes import WORLD_SIZE
 from nanoaipo.seeds import derive_seed
+from nanoaipo.served import check_served, count_served, nothing_served, print_served
 from nanoaipo.thoughts import MARKS, split_thought_ids, with_thought
 
 REQUIRED = ("model", "messages")
@@ -56,6 +59,7 @@ NEITHER = {"error", "not"}
 
 THOUGHT_FIELDS = ("reasoning_content", "reasoning")  # of a message, beside its content
 THOUGHT_PARTS = ("thinking", "reasoning")  # types of a content's parts
+SERVED_FIELDS = ("model", "system_fingerprint")  # of a completion: who answered
 
 TRIES = 4  # of a question that is answered with nothing in it
 BLOCK = 512  # questions between two savings of a local model's replies
@@ -203,8 +207,8 @@ def read_completion(body):
     """What the body of an endpoint's answer says, or None where no answer is in it.
 
     {reply, finish, usage} and, where it has them, the thought before the reply, the model that
-    answered and logprobs. finish is "stop" for a response that ended by itself, "length" for one
-    that was cut.
+    answered, its system_fingerprint and logprobs. finish is "stop" for a response that ended by
+    itself, "length" for one that was cut.
     """
     try:
         completion = json.loads(body)
@@ -225,8 +229,10 @@ def read_completion(body):
         reply["thought"] = as_unicode(thought)
     if isinstance(completion.get("usage"), dict):
         reply["usage"] = completion["usage"]
-    if isinstance(completion.get("model"), str):
-        reply["model"] = completion["model"]
+    for field in SERVED_FIELDS:
+        name = as_name(completion.get(field))
+        if name:
+            reply[field] = name
     if choice.get("logprobs"):
         reply["logprobs"] = choice["logprobs"]
     return reply
@@ -268,6 +274,13 @@ def thought_of(message):
 def as_unicode(text):
     """A text that can be written as UTF-8: half of a surrogate pair is none."""
     return text.encode(errors="replace").decode()
+
+
+def as_name(value):
+    """A name that a server gives, on one line; empty where it gives none."""
+    if not isinstance(value, str):
+        return ""
+    return " ".join(as_unicode(value).split())
 
 
 def finish_of(reason):
@@ -389,10 +402,12 @@ def ask(questions, out, answer):
     `out`. What this or an earlier run has there is not asked again, unless it is an error, and
     equal questions are asked once. Raises InputError when one name has been answered by two models.
     """
-    path = os.path.splitext(shard_path(out))[0] + ".replies"
+    path = replies_path(out)
     replies = read_replies(out, path)
-    served = {}  # the model asked for: the one that answers
-    check_served(replies.values(), served, path)
+    names = sorted({question["model"] for question in questions})
+    served = nothing_served(names)
+    count_served(replies.values(), served)
+    check_served(served, path)
 
     # one question per key: equal ones share a reply
     keys = [key_of(question) for question in questions]
@@ -406,12 +421,30 @@ def ask(questions, out, answer):
         new = ask_missing(missing, path, answer, served)
         replies.update(new)
         print(f"{len(missing)} questions asked, {already} replies were there; {totals(new, path)}")
+
+        # the other processes may meanwhile have been answered by another model
+        if WORLD_SIZE > 1:
+            served = nothing_served(names)
+            count_served(read_replies(out, path).values(), served)
+            check_served(served, path)
+        print_served(served)
     return [replies[key] for key in keys]
 
 
 def key_of(question):
     """SHA-256 of a question, by which its reply is found again."""
     return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
+
+
+def replies_path(out):
+    """Where this process keeps the replies that `out` is made of."""
+    return os.path.splitext(shard_path(out))[0] + ".replies"
+
+
+def kept_replies(out, model):
+    """The replies that were asked of a model and are kept beside `out`, errors left out."""
+    replies = read_replies(out, replies_path(out))
+    return [reply for reply in replies.values() if reply.get("asked") == model]
 
 
 def read_replies(out, path):
@@ -436,25 +469,6 @@ def read_replies(out, path):
     return replies
 
 
-def check_served(replies, served, path):
-    """Raise InputError for a reply of another model than the first that answered to its name.
-
-    A provider may send a name to another model from one day to the next. served: {name asked for:
-    name in the replies} so far; added to.
-    """
-    for reply in replies:
-        asked = reply.get("asked")
-        model = reply.get("model")
-        if asked is None or model is None:  # a local model, or a server that does not say
-            continue
-        first = served.setdefault(asked, model)
-        if model != first:
-            raise InputError(
-                f"{path}: '{asked}' was answered by '{first}' and now by '{model}'; ask for a name "
-                "that stays one model, and remove this file"
-            )
-
-
 def ask_missing(missing, path, answer, served):
     """The replies {key: line} to questions {key: question}, appended to the file as they come."""
     keys = list(missing)
@@ -467,10 +481,8 @@ def ask_missing(missing, path, answer, served):
             lines = []
             for n, reply in came.items():
                 question = missing[keys[n]]
-                line = {"key": keys[n], "about": question.get("about"), **reply}
-                if "model" in reply:
-                    line["asked"] = question["model"]
-                lines.append(line)
+                line = {"key": keys[n], "about": question.get("about"), "asked": question["model"]}
+                lines.append(line | reply)
             text = "".join(json.dumps(line) + "\n" for line in lines)
 
             # on the disk before it counts: a reply that was paid for is never asked again
@@ -481,9 +493,14 @@ def ask_missing(missing, path, answer, served):
                 for line in lines:
                     replies[line["key"]] = line
                 bar.update(len(lines))
-                check_served(lines, served, path)
+                count_served(lines, served)
+                check_served(served, path)
 
-        answer(list(missing.values()), keep)
+        try:
+            answer(list(missing.values()), keep)
+        except InputError:
+            check_served(served, path)  # those that were under way count too
+            raise
     return {key: replies[key] for key in keys}
 
 

@@ -562,6 +562,18 @@ def test_a_message_without_content_is_a_reply_that_was_paid_for():
     assert reply == {"reply": "", "finish": "length", "usage": {}, "model": "j-1"}
 
 
+@pytest.mark.parametrize(
+    "name, kept_as",
+    [("j-1", "j-1"), (" j\n 1 ", "j 1"), ("\ud83d", "?"), ("", None), (None, None), (["j"], None)],
+)
+def test_the_names_that_a_server_gives_are_kept_on_one_line(name, kept_as):
+    completion = choice("yes") | {"model": name, "system_fingerprint": name}
+
+    reply = read_completion(json.dumps(completion))
+
+    assert reply.get("model") == reply.get("system_fingerprint") == kept_as
+
+
 def test_a_key_is_taken_without_the_white_space_around_it_and_refused_with_some_inside(tmp_path):
     candidates(tmp_path / "c.jsonl", {"x": ["a", "aa"]})
     server = Judge()
@@ -577,24 +589,192 @@ def test_a_key_is_taken_without_the_white_space_around_it_and_refused_with_some_
     assert server.keys == {f"Bearer {KEY}"}
 
 
-def test_a_name_that_is_answered_by_another_model_is_refused_and_what_came_is_kept(tmp_path):
-    def moves_on(server, handler, text):
-        model = "j-2025" if n_asked(server) <= 4 else "j-2026"
-        handler.reply(choice("Score: 3", finish_reason="stop") | {"model": model})
+# ---- who really answered ----
+
+
+def says_it_is(who):
+    """A misbehaviour: verdicts as they should be, from who(number of the request, question)."""
+
+    def answer(server, handler, text):
+        fields = who(n_asked(server), text)
+        handler.reply(choice(verdict(text), finish_reason="stop") | fields)
         return True
 
+    return answer
+
+
+def j_2025(n, text):
+    return {"model": "j-2025"}
+
+
+def j_2026(n, text):
+    return {"model": "j-2026"}
+
+
+def count_kept(tmp_path, field):
+    """How many of the kept replies have which value in a field."""
+    return collections.Counter(reply.get(field) for reply in kept(tmp_path))
+
+
+def rewrite_replies(tmp_path, change):
+    """Write what change(reply) returns of each kept reply; None removes it."""
+    changed = [change(reply) for reply in kept(tmp_path)]
+    lines = [json.dumps(reply) + "\n" for reply in changed if reply is not None]
+    (tmp_path / "p.replies").write_text("".join(lines))
+
+
+def test_a_name_that_is_answered_by_another_model_is_refused_and_what_came_is_kept(tmp_path):
+    def moves_on(n, text):
+        return {"model": "j-2025" if n <= 4 else "j-2026"}
+
     candidates(tmp_path / "c.jsonl")
-    server = Judge(misbehave=moves_on)
+    server = Judge(misbehave=says_it_is(moves_on))
 
     done = rank(tmp_path, server.url, judge_concurrency=1)
     again = rank(tmp_path, server.url, judge_concurrency=1)
 
     assert done.returncode == again.returncode == 1
-    message = "p.replies: 'some-judge' was answered by 'j-2025' and now by 'j-2026'"
+    counts = count_kept(tmp_path, "model")
+    assert counts["j-2025"] == 4
+    message = (
+        "p.replies: 'some-judge' was answered by 'j-2025' and now by 'j-2026' "
+        f"(4 and {counts['j-2026']} replies), and two models are never mixed: ask for a dated "
+        "snapshot"
+    )
     assert message in done.stderr
     assert message in again.stderr
+    assert len(again.stderr.strip().splitlines()) == 1
     assert n_asked(server) == len(kept(tmp_path)) < 12
+    assert count_kept(tmp_path, "asked") == {"some-judge": n_asked(server)}
     assert not os.path.exists(tmp_path / "p.jsonl")
+
+
+def test_after_a_change_a_dated_name_is_asked_everything_anew_in_the_same_file(tmp_path):
+    def moves_on(n, text):
+        return {"model": f"j-{n}"}
+
+    candidates(tmp_path / "c.jsonl")
+    assert rank(tmp_path, Judge(misbehave=says_it_is(moves_on)).url).returncode == 1
+    server = Judge()
+
+    done = rank(tmp_path, server.url, ranker_model="some-judge-2025-04-14")
+
+    assert done.returncode == 0, done.stderr
+    assert n_asked(server) == 12
+    assert "was answered" not in done.stdout
+
+
+def test_a_change_between_a_killed_run_and_its_continuation_is_refused(tmp_path):
+    half = threading.Event()
+
+    def slow_j_2025(server, handler, text):
+        time.sleep(0.02)
+        if n_asked(server) >= 50:
+            half.set()
+        return says_it_is(j_2025)(server, handler, text)
+
+    candidates(tmp_path / "c.jsonl", {f"p{k}": ["a", "aa", "aaa"] for k in range(20)})
+    process = start(
+        arguments(tmp_path, Judge(misbehave=slow_j_2025).url, judge_concurrency=4),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    assert half.wait(60)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    moved = Judge(misbehave=says_it_is(j_2026))
+
+    done = rank(tmp_path, moved.url, judge_concurrency=4)
+
+    assert done.returncode == 1
+    counts = count_kept(tmp_path, "model")
+    message = f"by 'j-2025' and now by 'j-2026' ({counts['j-2025']} and {counts['j-2026']} replies)"
+    assert message in done.stderr
+    assert counts["j-2026"] == n_asked(moved) <= 8  # those under way when the first came
+    assert not os.path.exists(tmp_path / "p.jsonl")
+
+    # the message's second fix: the first model is there still, at another address
+    rewrite_replies(tmp_path, lambda reply: reply if reply["model"] == "j-2025" else None)
+    server = Judge(misbehave=says_it_is(j_2025))
+    done = rank(tmp_path, server.url)
+    assert done.returncode == 0, done.stderr
+    assert n_asked(server) + counts["j-2025"] == 120
+    assert count_kept(tmp_path, "model") == {"j-2025": 120}
+
+
+def test_two_processes_that_are_answered_by_two_models_are_refused(tmp_path):
+    def one_of_two(n, text):
+        number = int(re.search(r"prompt of p(\d)", text)[1])
+        return {"model": f"j-{number % 2}"}  # every second prompt is a process's own
+
+    candidates(tmp_path / "c.jsonl", {f"p{k}": ["a", "aaa"] for k in range(6)})
+
+    done = torchrun(2, *arguments(tmp_path, Judge(misbehave=says_it_is(one_of_two)).url))
+
+    assert done.returncode != 0
+    assert "'some-judge' was answered by 'j-" in done.stderr
+    assert (
+        not (tmp_path / "p-00000-of-00002.jsonl").exists()
+        or not (tmp_path / "p-00001-of-00002.jsonl").exists()
+    )
+
+
+def test_a_name_that_a_snapshot_answers_to_is_printed_and_no_more(tmp_path):
+    candidates(tmp_path / "c.jsonl")
+
+    done = rank(tmp_path, Judge(misbehave=says_it_is(j_2025)).url)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("'some-judge' was answered by 'j-2025'\n") == 1
+    assert count_kept(tmp_path, "model") == {"j-2025": 12}
+
+
+@pytest.mark.parametrize("fields", [{}, {"model": None}, {"model": ""}, {"model": 5}])
+def test_a_server_that_does_not_name_its_model_is_no_change(tmp_path, fields):
+    candidates(tmp_path / "c.jsonl")
+
+    done = rank(tmp_path, Judge(misbehave=says_it_is(lambda n, text: fields)).url)
+
+    assert done.returncode == 0, done.stderr
+    assert "was answered" not in done.stdout
+    assert count_kept(tmp_path, "asked") == {"some-judge": 12}
+    assert count_kept(tmp_path, "model") == {None: 12}
+
+
+def test_a_fingerprint_that_changes_is_kept_and_printed_and_not_refused(tmp_path):
+    def new_server(n, text):
+        return {"model": "some-judge", "system_fingerprint": "fp_1" if n <= 4 else "fp_2"}
+
+    candidates(tmp_path / "c.jsonl")
+    server = Judge(misbehave=says_it_is(new_server))
+
+    done = rank(tmp_path, server.url, judge_concurrency=1)
+
+    assert done.returncode == 0, done.stderr
+    line = "'some-judge' was answered with the system fingerprints 'fp_1' and 'fp_2' (4 and 8 "
+    assert line in done.stdout
+    assert count_kept(tmp_path, "system_fingerprint") == {"fp_1": 4, "fp_2": 8}
+
+
+def test_replies_of_earlier_versions_which_do_not_say_who_answered_are_taken(tmp_path):
+    def as_before(reply):
+        """Every second one, without what is new."""
+        if kept_keys.index(reply["key"]) % 2:
+            return None
+        return {key: reply[key] for key in ("key", "about", "reply", "usage")}
+
+    candidates(tmp_path / "c.jsonl")
+    assert rank(tmp_path, Judge(misbehave=says_it_is(j_2025)).url).returncode == 0
+    kept_keys = [reply["key"] for reply in kept(tmp_path)]
+    rewrite_replies(tmp_path, as_before)
+    os.remove(tmp_path / "p.jsonl")
+    server = Judge(misbehave=says_it_is(j_2026))
+
+    done = rank(tmp_path, server.url)
+
+    assert done.returncode == 0, done.stderr
+    assert n_asked(server) == 6
+    assert count_kept(tmp_path, "model") == {None: 6, "j-2026": 6}
 
 
 def slow_judge(n):
