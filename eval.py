@@ -6,7 +6,7 @@
         --judgments=annotations.json.gz --lc_data=DIR
     python eval.py --bench=mt_bench --out=mt.json --answers=ANSWERS --judgments=judgments.jsonl \\
         --bench_data=FastChat/fastchat/llm_judge/data \\
-        --judge_model=gpt-4.1 --judge_url=https://api.openai.com/v1
+        --judge_model=gpt-4.1-2025-04-14 --judge_url=https://api.openai.com/v1
 
 win_rate needs no network. It reads candidates files (generate.py --n_responses=1), joins them by id
 and takes the first response to each prompt. Where prompts carry `answer`, accuracy is the truth
@@ -31,6 +31,7 @@ from nanoaipo.following import instructions_of, share_followed
 from nanoaipo.grading import is_right
 from nanoaipo.prompts import read_candidates
 from nanoaipo.responses import answer_length
+from nanoaipo.served import served_fields, served_scores, with_served
 from nanoaipo.stages import fingerprint, manifest_path, open_stage
 from nanoaipo.stats import LENGTH_ALARM, interval, length_controlled_interval, variety
 
@@ -85,6 +86,7 @@ def evaluate_win_rate():
     scores = {
         "bench": bench,
         "judge": judge,
+        **who_answered(),
         "date": time.strftime("%Y-%m-%d"),
         **score_answers(prompts, ours, theirs, won),
     }
@@ -92,6 +94,7 @@ def evaluate_win_rate():
     write_json(out, scores)
 
     text = {key: format_score(value) for key, value in scores.items()}
+    who = with_served(judge, scores.get("served_model"))
     truth = ""
     if scores["accuracy"] is not None:
         truth += f"accuracy {text['accuracy']} %, "
@@ -100,7 +103,7 @@ def evaluate_win_rate():
     print(
         f"win rate {text['win_rate']} % ({text['win_rate_ci']}), "
         f"length-controlled {text['lc_win_rate']} %, {truth}"
-        f"{text['length']} {text['length_unit']}, n {text['n']}, by {text['judge']} -> {out}"
+        f"{text['length']} {text['length_unit']}, n {text['n']}, by {who} -> {out}"
     )
     if scores["length"] > LENGTH_ALARM * scores["baseline_length"] > 0:
         ratio = scores["length"] / scores["baseline_length"]
@@ -163,6 +166,16 @@ def judge_answers(prompts, ours, theirs):
     for k, (_, odds) in zip(differ, rank(rows)):
         won[k] = outcome(float(odds[0, 1]))
     return won
+
+
+def who_answered():
+    """Of a judge behind an endpoint: the served_model and so on, as served_scores has them."""
+    if eval_ranker != "judge" or not judge_url:
+        return {}
+    from nanoaipo.questions import kept_replies
+
+    replies = kept_replies(out, eval_ranker_model)
+    return served_scores([served_fields(reply) for reply in replies], out)
 
 
 def outcome(log_odds):

@@ -102,7 +102,7 @@ def served_scores(judgments, path):
     fingerprints = collections.Counter(row.get("system_fingerprint") for row in said)
     del fingerprints[None]
     if fingerprints:
-        scores["system_fingerprints"] = dict(fingerprints)
+        scores["fingerprints"] = dict(fingerprints)
     return scores
 
 

@@ -119,13 +119,15 @@ class Grader(Judge):
     """An OpenAI-compatible endpoint that says what the test wants.
 
     say(messages) gives the reply, or (reply, {token: probability}). trouble(server, handler) may
-    answer first; it returns whether it did. paid counts the questions that had a reply.
+    answer first; it returns whether it did. paid counts the questions that had a reply. who: the
+    fields of a completion that tell which model answered.
     """
 
     def __init__(self, say, trouble=no_trouble, port=0):
         self.say = say
         self.trouble = trouble
         self.paid = collections.Counter()
+        self.who = {"model": "x"}
         self.lock = threading.Lock()
         super().__init__(port, misbehave=Grader.grade)
 
@@ -152,8 +154,8 @@ class Grader(Judge):
                 "id": "x",
                 "object": "chat.completion",
                 "created": 0,
-                "model": "x",
                 "choices": [choice],
+                **self.who,
                 "usage": {"prompt_tokens": 7, "completion_tokens": 1, "total_tokens": 8},
             }
         )

@@ -175,7 +175,8 @@ def test_arena_hard_plays_two_games_and_asks_once_more_for_a_verdict(tmp_path):
         (partial,) = glob.glob(str(ARENA / "judgments_partial" / "*.gz"))
         theirs = read(partial)[0]
         assert {*theirs} <= {*rows[0]}
-        assert {*theirs["games"][0]} == {*rows[0]["games"][0]}
+        game = theirs["games"][0]
+        assert {*game, "served_model", "system_fingerprint"} == {*rows[0]["games"][0]}
 
 
 def test_when_only_the_second_request_of_a_game_is_refused_the_others_still_count(tmp_path):

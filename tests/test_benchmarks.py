@@ -21,15 +21,19 @@ from benchmark_files import (
     alpaca,  # noqa: F401  (a fixture)
     alpaca_bench,
     arena,
+    arena_bench,
+    game,
     judge_by,
     key_is_in_a_file,
     longer_wins,
     model_answer,
+    mt_bench,
     names_in,
     published,
     rating,
     read,
     read_json,
+    score,
     succeed,
     write,
 )
@@ -51,6 +55,9 @@ ANNOTATION = {
 OTHER_ANNOTATOR = ANNOTATION | {"instruction": "x", "annotator": "k"}
 ONE = arena(a=("A>B", "A>B"))
 OTHER_JUDGE = arena(b=("A>B", "A>B"))[0] | {"judge": "k"}
+SERVED_A = {"served_model": "j-2025"}
+SERVED_B = {"served_model": "j-2026"}
+BY_TWO = "w.jsonl: judged by 'j-2025' and by 'j-2026' ({}) under one name; two judges are never"
 # case: (benchmark, bytes or rows of the file, message)
 WRONG = {
     "no_json": ("mt_bench", b'{"question_id": 81', "w.jsonl:1: not JSON"),
@@ -85,6 +92,21 @@ WRONG = {
     ),
     "two_annotators": ("alpaca_eval", [ANNOTATION, OTHER_ANNOTATOR], "two judges are never"),
     "two_arena": ("arena_hard", [*ONE, OTHER_JUDGE], "two judges are never"),
+    "two_served": (
+        "mt_bench",
+        [rating(k, 1, 5, **(SERVED_A if k < 83 else SERVED_B)) for k in (81, 82, 83, 84, 85)],
+        BY_TWO.format("2 and 3 judgments"),
+    ),
+    "two_served_alpaca": (
+        "alpaca_eval",
+        [ANNOTATION | SERVED_A, ANNOTATION | SERVED_B | {"instruction": "task 1"}],
+        BY_TWO.format("1 and 1 judgments"),
+    ),
+    "two_served_arena": (
+        "arena_hard",
+        [ONE[0] | {"games": [game("A>B") | SERVED_A, game("A>B") | SERVED_B]}],
+        BY_TWO.format("1 and 1 judgments"),
+    ),
     "twice": ("arena_hard", ONE * 2, "w.jsonl:2: judges a again"),
     "unknown": (
         "alpaca_eval",
@@ -337,6 +359,120 @@ def test_killed_midway_with_its_server_and_run_again_the_judgments_are_the_same(
     scores = read_json(tmp_path / "score.json")
     assert scores == read_json(tmp_path / "w.json")
     assert scores["n"] == 60
+
+
+# ---- who really judged ----
+
+
+def set_up(bench, alpaca, tmp_path):
+    """Write what judging by a benchmark takes; a judge that gives it verdicts, and settings."""
+    if bench == "alpaca_eval":
+        alpaca_bench(alpaca, tmp_path, 5)
+        return Grader(longer_wins), {"lc_data": alpaca[0]}
+    if bench == "mt_bench":
+        settings = {"answers": mt_bench(tmp_path), "baseline": "", "lc_data": ""}
+        return Grader(lambda messages: "[[7]]"), settings
+    return Grader(lambda messages: "[[A>B]]"), arena_bench(tmp_path, {"a": "x", "b": "y"})
+
+
+def judgments_of(bench, tmp_path):
+    """The objects of a judgments file that each hold what one reply said."""
+    if bench == "alpaca_eval":
+        return [row for row in read(tmp_path / "j.json") if row["raw_completion"]]
+    rows = read(tmp_path / "j.jsonl")
+    if bench == "mt_bench":
+        return rows
+    return [game for row in rows for game in row["games"]]
+
+
+@pytest.mark.parametrize("bench", ["alpaca_eval", "mt_bench", "arena_hard"])
+def test_judgments_and_table_name_the_model_that_the_server_names(bench, alpaca, tmp_path):
+    server, settings = set_up(bench, alpaca, tmp_path)
+    server.who = {"model": "gpt-j-2025-04-14", "system_fingerprint": "fp_1"}
+
+    stdout = succeed(*judge_by(server.url, tmp_path, bench, **settings))
+
+    assert "'gpt-j' was answered by 'gpt-j-2025-04-14'\n" in stdout
+    assert re.search(r"^ +judge  gpt-j$", stdout, re.MULTILINE)
+    assert re.search(r"^ +served_model  gpt-j-2025-04-14$", stdout, re.MULTILINE)
+    assert re.search(r"^ +fingerprints  fp_1 4$", stdout, re.MULTILINE)
+    scores = read_json(tmp_path / "score.json")
+    assert (scores["judge"], scores["served_model"]) == ("gpt-j", "gpt-j-2025-04-14")
+    assert scores["fingerprints"] == {"fp_1": 4}
+    judgments = judgments_of(bench, tmp_path)
+    assert len(judgments) == 4
+    for row in judgments:
+        assert row["served_model"] == "gpt-j-2025-04-14"
+        assert row["system_fingerprint"] == "fp_1"
+
+
+@pytest.mark.parametrize("bench", ["alpaca_eval", "mt_bench", "arena_hard"])
+def test_a_judge_that_becomes_another_model_midway_gives_no_score(bench, alpaca, tmp_path):
+    server, settings = set_up(bench, alpaca, tmp_path)
+
+    def moves_on(server, handler):
+        server.who = {"model": "j-2025" if len(server.bodies) <= 3 else "j-2026"}
+        return False
+
+    server.trouble = moves_on
+    command = judge_by(server.url, tmp_path, bench, judge_concurrency=1, **settings)
+
+    first = run(*command)
+    again = run(*command)
+
+    assert (first.returncode, again.returncode) == (1, 1)
+    message = "j.replies: 'gpt-j' was answered by 'j-2025' and now by 'j-2026' (3 and 1 replies)"
+    assert message in first.stderr
+    assert message in again.stderr
+    assert len(again.stderr.strip().splitlines()) == 1
+    assert len(server.bodies) == 4
+    assert not {"j.json", "j.jsonl", "score.json"} & names_in(tmp_path)
+
+
+def test_a_judge_that_is_another_model_when_it_is_asked_to_go_on_gives_no_score(tmp_path):
+    settings = arena_bench(tmp_path, {"a": "x", "b": "y"})
+    server = Grader(lambda messages: "[[A>B]]" if len(messages) > 2 else "well")
+
+    def moves_on(server, handler):
+        server.who = {"model": f"j-with-{len(handler.body['messages'])}-messages"}
+        return False
+
+    server.trouble = moves_on
+
+    done = run(*judge_by(server.url, tmp_path, "arena_hard", **settings))
+
+    assert done.returncode == 1
+    assert "by 'j-with-2-messages' and now by 'j-with-4-messages' (4 and " in done.stderr
+    assert not {"j.jsonl", "score.json"} & names_in(tmp_path)
+
+
+@pytest.mark.parametrize("bench", ["alpaca_eval", "mt_bench", "arena_hard"])
+def test_a_judge_whose_model_nobody_names_is_unknown_in_the_table(bench, alpaca, tmp_path):
+    server, settings = set_up(bench, alpaca, tmp_path)
+    server.who = {}
+
+    stdout = succeed(*judge_by(server.url, tmp_path, bench, **settings))
+
+    assert re.search(r"^ +served_model  -$", stdout, re.MULTILINE)
+    scores = read_json(tmp_path / "score.json")
+    assert scores["served_model"] is None
+    assert not {"served_unknown", "fingerprints"} & scores.keys()
+
+
+def test_judgments_that_do_not_say_and_fingerprints_that_change_are_counted(tmp_path):
+    rows = [
+        rating(81, 1, 5, served_model="j-2025", system_fingerprint="fp_1"),
+        rating(81, 2, 5, served_model="j-2025", system_fingerprint="fp_2"),
+        rating(82, 1, 5, served_model="j-2025", system_fingerprint="fp_2"),
+        rating(82, 2, 5, served_model=None, system_fingerprint=None),
+        rating(83, 1, -1),  # refused: nobody answered
+    ]
+
+    scores = score("mt_bench", write(tmp_path / "j.jsonl", rows))
+
+    assert (scores["served_model"], scores["served_unknown"]) == ("j-2025", 1)
+    assert scores["fingerprints"] == {"fp_1": 1, "fp_2": 2}
+    assert (scores["n"], scores["invalid"]) == (4, 1)
 
 
 # ---- the official files themselves ----

@@ -22,7 +22,7 @@ from benchmark_files import (  # noqa: F401
     write,
 )
 from conftest import ROOT, build_model
-from test_judge import KEY, Judge
+from test_judge import KEY, Judge, choice, verdict
 from test_rank import build_judge
 from test_rankers import build_reward
 
@@ -305,6 +305,24 @@ def test_a_judge_at_an_endpoint_can_evaluate(answers, tmp_path):
     low, high = scores["lc_win_rate_ci"]
     assert low <= scores["lc_win_rate"] <= high
     assert scores["judge"] == "judge gpt-j"
+
+
+def test_a_win_rate_names_the_model_that_answered_to_the_judges_name(answers, tmp_path, capsys):
+    _, _, our_path, their_path = answers
+
+    def snapshot(server, handler, text):
+        who = {"model": "gpt-j-2025-04-14", "system_fingerprint": "fp_1"}
+        handler.reply(choice(verdict(text)) | who)
+        return True
+
+    server = Judge(misbehave=snapshot)
+    settings = {"eval_ranker": "judge", "eval_ranker_model": "gpt-j", "judge_url": server.url}
+
+    scores = rate(tmp_path, our_path, their_path, **settings)
+
+    assert "by judge gpt-j (served gpt-j-2025-04-14) ->" in capsys.readouterr().out
+    assert (scores["judge"], scores["served_model"]) == ("judge gpt-j", "gpt-j-2025-04-14")
+    assert scores["fingerprints"] == {"fp_1": 22}
 
 
 def test_a_judge_here_can_evaluate(answers, tmp_path):

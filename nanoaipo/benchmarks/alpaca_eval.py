@@ -18,6 +18,7 @@ from nanoaipo.benchmarks.answers import (
 )
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
+from nanoaipo.served import served_fields, served_scores
 from nanoaipo.stats import length_controlled, standard_error
 from nanoaipo.thoughts import split_thought
 
@@ -62,6 +63,7 @@ def score(judgments, model, *, answers="", lc_data="", baseline=""):
     scores = {
         "model": model,
         "judge": only_judge(rows, lambda r: r.get("annotator", "unknown"), judgments),
+        **served_scores([row for _, row in rows], judgments),
         "date": last_day(rows),
         "n": len(valid),
         "invalid": len(won) - len(valid),
@@ -261,6 +263,7 @@ def judge(ask, bench_data, answers, baseline, judge_model):
         if preference is not None and is_switched(row["instruction"]):
             preference = 3 - preference  # back from "for M" to "for the model"
         row |= {"preference": preference, "raw_completion": reply, "tstamp": time.time()}
+        row |= served_fields(reply)
         if not first_tokens(reply):
             row["verdict_from"] = "text"
     return rows

@@ -16,6 +16,7 @@ from nanoaipo.benchmarks.answers import (
 )
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
+from nanoaipo.served import served_fields, served_scores
 from nanoaipo.thoughts import split_thought
 
 REPOSITORY = "lm-sys/arena-hard-auto"
@@ -53,9 +54,11 @@ def score(judgments, model, *, answers="", resamples=1000, **_):
     rows, model = select_model(rows, lambda r: r[model_field], judgments, model)
     if battles:  # a question has several of them, and none names its judge
         judge_name = "unknown (a battles file does not say)"
+        games = []
     else:
         judge_name = only_judge(rows, lambda r: r["judge"], judgments)
         check_no_duplicates(rows, key_of)
+        games = [game for _, row in rows for game in row["games"] if game]
 
     won, category, invalid = tally(rows)
     if not won:
@@ -64,6 +67,7 @@ def score(judgments, model, *, answers="", resamples=1000, **_):
     scores = {
         "model": model,
         "judge": judge_name,
+        **served_scores(games, judgments),
         "date": last_day(rows),
         "invalid": invalid,
         **win_rate(list(won.values()), resamples),
@@ -246,7 +250,7 @@ def fill_template(settings, question, a, b):
 def play(games, ask, settings):
     """Put the judge's reply into each game as `judgment`, and a second one if it has no verdict.
 
-    answer: the same without thoughts, which may quote verdicts.
+    answer: the same without thoughts, which may quote verdicts. served: who gave it.
     """
 
     def replies_to(some):
@@ -259,12 +263,13 @@ def play(games, ask, settings):
             }
             for game in some
         ]
-        return [reply["reply"] for reply in ask(questions)]
+        return ask(questions)
 
     # all games at once
     for game, reply in zip(games, replies_to(games)):
-        game["judgment"] = reply
-        _, game["answer"] = split_thought(reply)
+        game["judgment"] = reply["reply"]
+        _, game["answer"] = split_thought(reply["reply"])
+        game["served"] = served_fields(reply)
 
     # then once more those that ended without a verdict; an empty reply was refused
     silent = []
@@ -275,8 +280,9 @@ def play(games, ask, settings):
             game["messages"].append({"role": "user", "content": GO_ON})
     if silent:
         for game, reply in zip(silent, replies_to(silent)):
-            game["judgment"] += "\n" + reply
-            game["answer"] += "\n" + split_thought(reply)[1]
+            game["judgment"] += "\n" + reply["reply"]
+            game["answer"] += "\n" + split_thought(reply["reply"])[1]
+            game["served"] |= served_fields(reply)
 
 
 def record_of(key, question, fields, games):
@@ -290,7 +296,8 @@ def record_of(key, question, fields, games):
     for game in games:
         verdict = verdict_of(game["answer"], is_v2)
         text = game["messages"][1]["content"]
-        row["games"].append({"user_prompt": text, "judgment": game["judgment"], "score": verdict})
+        played = {"user_prompt": text, "judgment": game["judgment"], "score": verdict}
+        row["games"].append(played | game["served"])
     return row
 
 

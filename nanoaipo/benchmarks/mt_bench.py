@@ -16,6 +16,7 @@ from nanoaipo.benchmarks.answers import (
 )
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
+from nanoaipo.served import served_fields, served_scores
 from nanoaipo.thoughts import split_thought
 
 REPOSITORY = "lm-sys/FastChat"
@@ -83,6 +84,7 @@ def score(judgments, model, **_):
     return {
         "model": model,
         "judge": only_judge(rows, judge_of, judgments),
+        **served_scores([row for _, row in rows], judgments),
         "date": last_day(rows),
         "n": len(rated),
         "invalid": len(rows) - len(rated),
@@ -148,6 +150,7 @@ def judge(ask, bench_data, answers, baseline, judge_model):
         _, answer = split_thought(reply["reply"])  # a rating in a thought is none
         row["score"] = rating_of(answer)
         row["tstamp"] = time.time()
+        row |= served_fields(reply)
     return rows
 
 
