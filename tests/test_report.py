@@ -629,6 +629,20 @@ def test_two_judges_never_share_a_column_or_a_panel(judges):
     assert "score, mt_bench by gpt-x" in titles
 
 
+def test_two_models_that_answered_to_one_name_never_share_a_column(tmp_path):
+    folder = build_run(tmp_path / "run", T=3)
+    for t, served in ((1, "gpt-x"), (2, "gpt-x-2025"), (3, None)):
+        scores = evaluation(t, judge="judge gpt-x", served_model=served)
+        write_json(folder / f"iter_{t}" / "eval.json", scores)
+
+    printed, page = make_report(folder)
+
+    groups = [group.strip() for group in page.tables[0][0]]
+    assert "win_rate [1] judge gpt-x" in groups
+    assert "win_rate [2] judge gpt-x (served gpt-x-2025)" in groups
+    assert "win_rate, judge: judge gpt-x (served gpt-x-2025); date 2026-11-21" in printed
+
+
 def test_scores_by_category_have_a_table_of_their_own(judges):
     page = judges[2]
     tables = [table for table in page.tables if table[0] == ["run", "t", "math", "<i>"]]

@@ -4,7 +4,8 @@ runs = {"tiny_aipo": load_run("out/tiny_aipo", recipe, settings), ...}
 
 A run has "recipe", "settings" and "iterations", {t: iteration}; load_iteration lists the fields of
 an iteration. A run may be unfinished. Besides eval.json every iter_T/*.json with a "bench" is
-read. What two judges say never shares a column: scores belong to a Source, a benchmark and a judge.
+read. What two judges say never shares a column: scores belong to a Source, a benchmark and a judge,
+and two models that answer to one name are two judges.
 """
 
 import collections
@@ -19,6 +20,7 @@ from nanoaipo.errors import InputError
 from nanoaipo.files import find_files, read_records
 from nanoaipo.messages import as_messages
 from nanoaipo.prompts import read_candidates
+from nanoaipo.served import with_served
 from nanoaipo.stages import manifest_path
 
 Source = collections.namedtuple("Source", "bench judge")
@@ -159,7 +161,7 @@ def read_all_scores(folder):
 
         # two files of one judge would overwrite each other
         bench = str(scores["bench"]).translate(CONTROL)
-        judge = str(scores["judge"]).translate(CONTROL)
+        judge = with_served(str(scores["judge"]), scores.get("served_model")).translate(CONTROL)
         if (bench, judge) in all_scores:
             raise InputError(
                 f"{path}: {bench} by {judge} is in another file of this iteration too; keep one"
