@@ -23,7 +23,7 @@ max_prompt_tokens = 1800                # repository
 
 # rank
 ranker = "judge"                        # paper
-ranker_model = "gpt-4.1"                # ours; paper: GPT-4-Turbo
+ranker_model = "gpt-4.1-2025-04-14"     # ours; paper: GPT-4-Turbo
 judge_url = "https://api.openai.com/v1"  # ours
 judge_mode = "score"                    # paper; the words are ours
 judge_votes = 1                         # ours
