@@ -47,6 +47,19 @@ VERDICT = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 
+# where no line says so, how judges mark a verdict: [RESULT] 4 (Prometheus), \boxed{4}, [[4]]
+MARKED = re.compile(
+    r"\[result\][\s:]*(?P<result>.*)"
+    r"|\\boxed\{(?:\\text\{)?(?P<boxed>[^{}]*)\}"
+    r"|\[\[(?P<brackets>[^\[\]]*)\]\]"
+    r"|<answer>(?P<answer>[^<]*)</answer>",
+    re.IGNORECASE,
+)
+MARKED_POINTS = re.compile(r"(\d+(?:\.\d+)?)(?:\s*/\s*5)?")
+MARKED_VERDICT = re.compile(r"(?:(?:response|answer)\s*)?(a|b|tie|a>>?b|b>>?a|a=b)")
+OUTCOMES = {"a": 1.0, "a>b": 1.0, "a>>b": 1.0, "b": 0.0, "b>a": 0.0, "b>>a": 0.0}
+OUTCOMES |= {"tie": 0.5, "a=b": 0.5}
+
 
 def prompt_text(messages):
     """A prompt as PairRM and judges read it: one message bare, several with their roles."""
@@ -63,7 +76,7 @@ def from_rewards(rewards, temperature):
 
 
 def read_score(reply):
-    """The number on the last line "Score: N" of a reply, or None.
+    """The number on the last line "Score: N" of a reply, else the one that it marks, or None.
 
     A sum counts as what it comes to. A range, a fraction, one of several numbers, a number below 0
     or above 5 or on another scale, and what stands in a thought are no score.
@@ -71,7 +84,10 @@ def read_score(reply):
     _, answer = split_thought(reply)
     found = SCORE_LINE.findall(MARKUP.sub("", answer))
     if not found:
-        return None
+        points = read_marked(answer, MARKED_POINTS)
+        if points is None or float(points) > 5:
+            return None
+        return float(points)
 
     # another scale, in brackets before or behind the number
     for remark in REMARK.findall(found[-1]):
@@ -93,12 +109,36 @@ def read_score(reply):
 
 
 def read_verdict(reply):
-    """The last line "Better: A", "B" or "tie" of a reply as 1, 0 or a half, or None."""
+    """The last line "Better: A", "B" or "tie" of a reply as 1, 0 or a half, or None.
+
+    Without such a line what the reply marks counts.
+    """
     _, answer = split_thought(reply)
     found = VERDICT.findall(MARKUP.sub("", answer))
     if not found:
+        return OUTCOMES.get(read_marked(answer, MARKED_VERDICT))
+    return OUTCOMES.get(found[-1].lower())
+
+
+def read_marked(answer, pattern):
+    """What an answer marks as its verdict, in lower case, or None where it marks nothing or two.
+
+    An answer that is nothing but a verdict needs no mark. pattern: of a verdict; its group is
+    returned, and text of another form is none.
+    """
+    marked = {match[match.lastgroup] for match in MARKED.finditer(answer)}
+    if not marked:
+        marked = {answer}
+
+    # without brackets and bold
+    verdicts = set()
+    for text in marked:
+        bare = text.lstrip(" \n*_`($").rstrip(" \n*_`)$.")
+        match = pattern.fullmatch(bare.lower())
+        verdicts.add(match and match[1])
+    if len(verdicts) != 1:
         return None
-    return {"a": 1.0, "b": 0.0, "tie": 0.5}.get(found[-1].lower())
+    return verdicts.pop()
 
 
 # mode: how a reply is read, and the fields of its template, the prompt's first

@@ -1013,6 +1013,56 @@ def test_the_last_verdict_of_a_reply_counts(reply, score, verdict):
     assert judges.read_verdict(reply) == verdict
 
 
+@pytest.mark.parametrize(
+    "reply, score, verdict",
+    [
+        ("Feedback: it is short. [RESULT] 4", 4, None),
+        ("[RESULT]: 4", 4, None),
+        ("**[RESULT]** (4)", 4, None),
+        ("[Result] 3.5/5", 3.5, None),
+        ("[RESULT] 4 or 5", None, None),
+        ("[RESULT] -1", None, None),
+        ("[RESULT] .5", None, None),
+        ("[RESULT] 4/10", None, None),
+        ("[RESULT] 8", None, None),
+        ("[RESULT] B", None, 0),
+        ("So it is $\\boxed{4}$.", 4, None),
+        ("\\boxed{\\text{A}}", None, 1),
+        ("\\boxed{3-4}", None, None),
+        ("Rating: [[5]]", 5, None),
+        ("Rating: [[7]]", None, None),
+        ("My final verdict is [[A]].", None, 1),
+        ("[[A>B]]", None, 1),
+        ("[[B>>A]]", None, 0),
+        ("[[A=B]]", None, 0.5),
+        ("[[tie]]", None, 0.5),
+        ("[[Response B]]", None, 0),
+        ("<answer>A</answer>", None, 1),
+        ("<answer>\n4\n</answer>", 4, None),
+        # marks that do not agree are no verdict, and a line is above them
+        ("[[A]] if it is A, [[B]] if it is B", None, None),
+        ("[[A]], I say: [[A]]", None, 1),
+        ("[[A]] is shown first.\nBetter: B", None, 0),
+        ("[[5]] is the most.\nScore: 3", 3, None),
+        # nothing but a verdict
+        ("4", 4, None),
+        ("**B**", None, 0),
+        ("(__A__).", None, 1),
+        ("A good answer.", None, None),
+        ("4 points hold", None, None),
+        ("", None, None),
+        # behind a thought, or cut in it
+        ("<think>\n[RESULT] 1, [[B]]\n</think>\n\n[RESULT] 4", 4, None),
+        ("<think>\n[[B]]\n</think>\n\n<answer>A</answer>", None, 1),
+        ("<think>\n\\boxed{4}, [[A]]", None, None),
+        ("[THINK]\\boxed{1}[/THINK]\\boxed{4}", 4, None),
+    ],
+)
+def test_a_verdict_that_is_marked_counts_where_no_line_says_one(reply, score, verdict):
+    assert judges.read_score(reply) == score
+    assert judges.read_verdict(reply) == verdict
+
+
 @pytest.fixture(scope="session")
 def talker(tmp_path_factory):
     """Folder of a small Llama taught to say "Score: N" to anything; N from 0 to 5 at random."""
