@@ -8,15 +8,15 @@ model = "real/world/model"              # SmolLM2-135M-Instruct
 prompts = "real/world/prompts.jsonl"    # requests with checkable instructions
 eval_prompts = "real/world/heldout.jsonl"  # other requests, and plain questions as the guard
 eval_temperature = 0.0                  # greedy: nothing but the policy differs
-iterations = 3                          # half an hour on two cores, by arithmetic
+iterations = 3                          # half an hour on two cores
 
 # generate
 engine = "vllm"                         # its CPU build (make vllm)
-n_prompts = 192                         # others at each iteration
+n_prompts = 160                         # others at each iteration
 n_responses = 8                         # of eight, some follow and some do not
 temperature = 0.9                       # the paper's .4 gives eight answers of one kind
 top_k = 0                               # off
-max_new_tokens = 128                    # of some 70
+max_new_tokens = 192                    # of some 80; at 128 too many that ask for more are cut
 
 # rank
 ranker = "answer"                       # right is what follows all of its instructions

