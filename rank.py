@@ -436,9 +436,7 @@ def main():
     rank = load_ranker(ranker, settings["ranker_model"], settings, counts)
     rows = []
     for row, responses in competitors:
-        first = first_of_each_text(responses)
-        finished = [responses[k].get("finished", True) for k in first.values()]
-        rows.append(row | {"texts": list(first), "finished": finished})
+        rows.append(row | {"texts": list(first_of_each_text(responses))})
     labels = rank(rows)
 
     # what the rule makes of them

@@ -3,12 +3,11 @@
     rank = load_ranker("pairrm", "llm-blender/PairRM", settings, counts)
     for scores, odds in rank(rows): ...
 
-A row has `prompt` (messages), `texts` (its distinct responses, any number), `id`, `answer` where
-prompts carry one, and `finished` of each text where that is known. For each row come odds (N, N),
-antisymmetric: [i, j] is the log-odds that i beats j; and scores (N,), higher is better, nan where a
-judge gave none; or None in their place, where the odds say all there is. Both are float32. A ranker
-takes the settings that its signature names, and adds what went wrong to `counts`. A new ranker is
-one function and one entry in RANKERS.
+A row has `prompt` (messages), `texts` (its distinct responses, any number), `id`, and `answer`
+where prompts carry one. For each row come odds (N, N), antisymmetric: [i, j] is the log-odds that i
+beats j; and scores (N,), higher is better, nan where a judge gave none; or None in their place,
+where the odds say all there is. Both are float32. A ranker takes the settings that its signature
+names, and adds what went wrong to `counts`. A new ranker is one function and one entry in RANKERS.
 """
 
 import importlib
@@ -237,7 +236,7 @@ def reward(
 
 
 def answer(model, counts, *, reward_temperature=1.0, **_):
-    """1 for a whole response that gives the prompt's `answer`, else 0 (Iterative RPO, 2404.19733).
+    """1 for a response that gives the prompt's `answer`, else 0 (Iterative RPO, 2404.19733).
 
     Of instructions it has to follow all. Their share as the score would prefer whoever follows two
     of three to whoever follows one, and what most responses do anyway would crowd out the rest.
@@ -249,16 +248,12 @@ def answer(model, counts, *, reward_temperature=1.0, **_):
             if row.get("answer") is None:
                 raise InputError(f"{where} has no 'answer'")
             try:
-                rights = [is_right(text, row["answer"]) for text in row["texts"]]
+                rewards = [float(is_right(text, row["answer"])) for text in row["texts"]]
             except (LookupError, TypeError, re.error) as e:
                 reason = f"{type(e).__name__}: {e}"
                 raise InputError(
                     f"{where}: its 'answer' is not as nanoaipo/grading.py has it ({reason})"
                 ) from e
-
-            # one that was cut may go round in a circle
-            finished = row.get("finished", [True] * len(rights))
-            rewards = [float(right and ended) for right, ended in zip(rights, finished)]
             yield from_rewards(rewards, reward_temperature)
 
     return rank

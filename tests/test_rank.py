@@ -684,32 +684,6 @@ def test_a_chosen_response_with_a_url_gives_no_pair_and_no_pair_at_all_is_an_err
     assert done.returncode == 0
 
 
-def test_where_code_checks_a_right_response_that_was_cut_loses_or_does_not_compete(tmp_path):
-    row = {
-        "id": "u",
-        "prompt": "x",
-        "answer": {"follow": [{"contains": "red"}]},
-        "responses": [
-            {"text": "red and red and", "finished": False},
-            {"text": "red", "finished": True},
-            {"text": "blue", "finished": True},
-        ],
-    }
-    path = write_rows(tmp_path / "c.jsonl", row)
-    arguments = ["rank.py", f"--candidates={path}", "--ranker=answer", "--pair_rule=right_wrong"]
-
-    losers = {}
-    for drop_unfinished in (True, False):
-        out = tmp_path / f"{drop_unfinished}.jsonl"
-        done = run(*arguments, f"--drop_unfinished={drop_unfinished}", f"--out={out}")
-        assert done.returncode == 0, done.stderr
-        pairs = [json.loads(line) for line in out.read_text().splitlines()]
-        assert {pair["chosen"][0]["content"] for pair in pairs} == {"red"}
-        losers[drop_unfinished] = {pair["rejected"][0]["content"] for pair in pairs}
-
-    assert losers == {True: {"blue"}, False: {"blue", "red and red and"}}
-
-
 @pytest.mark.parametrize(
     "response, drop_unfinished, reason",
     [

@@ -763,18 +763,6 @@ def test_the_answer_ranker_rewards_only_who_follows_all_instructions():
     assert scores.tolist() == [1.0, 0.0, 0.0]
 
 
-def test_the_answer_ranker_takes_a_response_that_was_cut_for_wrong():
-    texts = ["red and blue", "blue and red and blue and"]
-    answer = {"follow": [{"no": ","}]}
-    row = {"id": "q", "prompt": [], "texts": texts, "answer": answer}
-
-    ((whole, _),) = labels_of("answer", "", {"seed": 3}, [row])
-    ((cut, _),) = labels_of("answer", "", {"seed": 3}, [row | {"finished": [True, False]}])
-
-    assert whole.tolist() == [1.0, 1.0]
-    assert cut.tolist() == [1.0, 0.0]
-
-
 def test_a_rankers_own_defaults_are_those_of_the_settings():
     """eval.py does not declare all of them, so a ranker falls back to its own."""
     compared = set()
