@@ -22,7 +22,7 @@ one check of this table. In the spirit of IFEval (2311.07911), with checks and w
     uppercase true         it has letters, and all are capital ones
     title true             its first line holds a title in double angle brackets: <<On rivers>>
     quoted true            all of it stands between two double quotes
-    varied true            no sentence, no item of a list, no six words in a row come a third time
+    varied true            no sentence, item of a list or six words in a row comes a third time
     json true              all of it is a JSON object or array, markdown's ``` around it or not
 
 White space around a response does not count, nor do quotes and markdown's * _ # > before what

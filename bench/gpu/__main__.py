@@ -18,8 +18,8 @@ import tempfile
 import time
 
 from bench.gpu.report import line, markdown, write_down
+from bench.gpu.scripts import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 BUDGET = 450  # seconds; a check for which too few are left is skipped
 
 # fmt: off
