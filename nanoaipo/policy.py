@@ -277,6 +277,9 @@ def shard(policy, mesh, dtype, compile):
     Layers and root are gathered in dtype when they compute; gradients are summed in float32.
     """
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    if compile:
+        # packed_sdpa has a graph for each number of blocks of rows; beyond 8 torch gives up
+        torch._dynamo.config.recompile_limit = 64
     for layer in layouts.decoder_layers(policy.lm):
         if compile:
             layer.compile(dynamic=True)
