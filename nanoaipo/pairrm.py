@@ -6,13 +6,15 @@
 DeBERTa-v3 (transformers' DebertaV2Model) reads a prompt and two candidates, each behind a mark, and
 a head reads the hidden states of the three marks.
 Comparisons of all prompts are sorted by length and laid end to end: products run over all tokens,
-attention over sequences of one length at a time. On a CPU there is no padding. A GPU, which would
-wait for the next launch most of the time, pads a batch to its longest, a few tokens a sequence.
+attention over sequences of one length at a time. Scores do not depend on what shares the batch.
 A relative position's score depends on the distance alone, so it is computed once per distance and
-read through a view with shifted rows (Transformer-XL's trick, 1901.02860), where DeBERTa's own code
-gathers it for every pair of tokens. Scores do not depend on what shares the batch.
+not, as in DeBERTa's own code, gathered for every pair of tokens into matrices of L x L:
+
+    on a CPU    it is read through a view with shifted rows (Transformer-XL's trick, 1901.02860)
+    on a GPU    one kernel adds it to the scores that it computes; a batch is padded to its longest
 """
 
+import functools
 import itertools
 import json
 import math
@@ -22,6 +24,7 @@ import re
 import torch
 import torch.nn.functional as F
 import torch.utils.mkldnn
+from torch.nn.attention.flex_attention import flex_attention
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, DebertaV2Model
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
@@ -34,10 +37,13 @@ from nanoaipo.packing import batches_by_length
 PREFIXES = ["<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"]
 # rows of the shifted view computed at once: fewer waste less, more multiply faster
 ROWS = 64
-GPU_ROWS = 256
+# tiles of queries and keys; FlexAttention's own choice is several times slower for these scores
+TILES = {"BLOCK_M": 64, "BLOCK_N": 64}
+# a padded length is a multiple of this; FlexAttention takes fewer queries for another kind of call
+PADDING = 128
 
 
-# -------------------------------------------------------------------------------- the model
+# -------------------------------------------------------------------------------- attention
 
 
 def add_shifted(scores, x, table):
@@ -46,9 +52,8 @@ def add_shifted(scores, x, table):
     scores: (B, H, L, L). x: (B, H, L, d). table: (H, 2L + 1, d), of the distances -L <= j - i <= L.
     """
     batch, heads, length, _ = x.shape
-    rows = GPU_ROWS if x.is_cuda else ROWS
-    for start in range(0, length, rows):
-        stop = min(start + rows, length)
+    for start in range(0, length, ROWS):
+        stop = min(start + ROWS, length)
         n_rows = stop - start
 
         # products with every distance that these rows can have, and one: an even width is faster;
@@ -64,22 +69,56 @@ def add_shifted(scores, x, table):
         scores[..., start:stop, :].add_(products.as_strided(size, stride, n_rows))
 
 
+def shifted_attention(q, k, v, key_table, query_table, buckets, scale):
+    """Attention (2006.03654, Eq. 4) in B sequences of one length: (B, H, L, d) -> (B, H, L, d).
+
+    key_table, query_table: (H, S, d), scaled keys and queries of S buckets of distances.
+    buckets: (2L + 1,), the bucket of each distance i - j = L, ..., -L of query i and key j.
+    """
+    batch, heads, length, _ = q.shape
+    scores = q.new_zeros(batch, heads, length, length)
+    add_shifted(scores, q, key_table[:, buckets])  # content to position, j - i rises
+    add_shifted(scores.mT, k, query_table[:, buckets.flip(0)])  # position to content, i - j rises
+    return F.scaled_dot_product_attention(q, k, v, scores, scale=scale)
+
+
+@functools.cache
+def compiled_attention():
+    """FlexAttention as one kernel of the GPU, for any number and length of sequences."""
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def fused_attention(q, k, v, key_table, query_table, buckets, scale, n_tokens):
+    """The same with padding: sequence b has n_tokens[b] tokens of its own, (B,)."""
+    length = q.shape[2]
+    to_position = position_scores(q, key_table)  # (B, H, L, S)
+    from_position = position_scores(k, query_table)  # (B, H, L, S)
+
+    def add_positions(score, b, h, i, j):
+        bucket = buckets[j - i + length]
+        score = score + to_position[b, h, i, bucket] + from_position[b, h, j, bucket]
+        return torch.where(j < n_tokens[b], score, -math.inf)
+
+    attention = flex_attention
+    if q.is_cuda:
+        attention = compiled_attention()
+    return attention(q, k, v, score_mod=add_positions, scale=scale, kernel_options=TILES)
+
+
+def position_scores(x, table):
+    """x_i · table_s of x (B, H, L, d) and table (H, S, d): (B, H, L, S)."""
+    batch, _, length, _ = x.shape
+    x = x.transpose(0, 1).flatten(1, 2)  # (H, B * L, d): no copy of the table for each sequence
+    scores = x @ table.mT  # (H, B * L, S)
+    return scores.unflatten(1, (batch, length)).transpose(0, 1)
+
+
+# -------------------------------------------------------------------------------- the model
+
+
 def split_heads(x, heads):
     """(..., L, D) -> (..., H, L, D / H)."""
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
-
-
-def disentangled_attention(q, k, v, position_key, position_query, mask, scale):
-    """Attention (2006.03654, Eq. 4) in B sequences of one length: (B, H, L, d) -> (B, H, L, d).
-
-    position_key: (H, 2L + 1, d), scaled, of the distances -L <= j - i <= L of key j from query i.
-    position_query: the same, of the distances i - j. mask: (B, L), what a key adds to its scores.
-    """
-    batch, heads, length, _ = q.shape
-    scores = mask[:, None, None, :].expand(batch, heads, length, length).contiguous()
-    add_shifted(scores, q, position_key)  # content to position
-    add_shifted(scores.mT, k, position_query)  # position to content
-    return F.scaled_dot_product_attention(q, k, v, scores, scale=scale)
 
 
 class PairRM(torch.nn.Module):
@@ -111,11 +150,11 @@ class PairRM(torch.nn.Module):
         bucket = make_log_bucket_position(distance, span, encoder.max_relative_positions).long()
         return (bucket + span).clamp(0, 2 * span - 1)
 
-    def forward(self, ids, lengths, marks, padding):
+    def forward(self, ids, lengths, marks, n_tokens=None):
         """Scores (B, 2) of B sequences laid end to end, sorted by length.
 
-        ids: (T,). lengths: of each sequence with its padding. marks: (B, 3), positions of the marks
-        in ids. padding: (T,), true where an id is none of its sequence's tokens.
+        ids: (T,). lengths: of each sequence. marks: (B, 3), positions of the marks in ids.
+        n_tokens: (B,), where all are padded to one length: how many tokens are a sequence's own.
         """
         encoder = self.pretrained_model.encoder
         runs = [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
@@ -123,9 +162,8 @@ class PairRM(torch.nn.Module):
         positions = encoder.get_rel_embedding()  # (2 * span, D)
 
         h = self.pretrained_model.embeddings(ids[None])[0]  # (T, D)
-        mask = h.new_zeros(len(ids)).masked_fill_(padding, float("-inf"))  # (T,)
         for layer in encoder.layer:
-            context = self.attend(layer.attention.self, h, mask, positions, runs, buckets)
+            context = self.attend(layer.attention.self, h, positions, runs, buckets, n_tokens)
             if layer is encoder.layer[-1]:
                 # the head reads the marks alone
                 context = context[marks]  # (B, 3, D)
@@ -134,15 +172,15 @@ class PairRM(torch.nn.Module):
             h = layer.output(layer.intermediate(h), h)
         return self.score(h.float())
 
-    def attend(self, attention, h, mask, positions, runs, buckets):
+    def attend(self, attention, h, positions, runs, buckets, n_tokens):
         """Disentangled attention within each sequence: (T, D) -> (T, D)."""
         heads = attention.num_attention_heads
         scale = (3 * attention.attention_head_size) ** -0.5
         query = attention.query_proj(h)  # (T, D)
         key = attention.key_proj(h)  # (T, D)
         value = attention.value_proj(h)  # (T, D)
-        bucket_key = split_heads(attention.key_proj(positions), heads) * scale
-        bucket_query = split_heads(attention.query_proj(positions), heads) * scale
+        key_table = split_heads(attention.key_proj(positions), heads) * scale
+        query_table = split_heads(attention.query_proj(positions), heads) * scale
         # both (H, 2 * span, d)
 
         context = torch.empty_like(query)
@@ -153,10 +191,11 @@ class PairRM(torch.nn.Module):
                 split_heads(x[start:stop].unflatten(0, (count, length)), heads)  # (B, H, L, d)
                 for x in (query, key, value)
             )
-            position_key = bucket_key[:, buckets[length]]  # (H, 2L + 1, d), j - i rises
-            position_query = bucket_query[:, buckets[length].flip(0)]  # (H, 2L + 1, d), i - j rises
-            keys = mask[start:stop].unflatten(0, (count, length))  # (B, L)
-            out = disentangled_attention(q, k, v, position_key, position_query, keys, scale)
+            inputs = (q, k, v, key_table, query_table, buckets[length], scale)
+            if n_tokens is None:
+                out = shifted_attention(*inputs)
+            else:
+                out = fused_attention(*inputs, n_tokens)
             context[start:stop] = out.transpose(1, 2).reshape(count * length, -1)
             start = stop
         return context
@@ -341,7 +380,7 @@ def segment_prompt(tokenizer, prompt, texts, counts):
 def score_batch(model, tokenizer, triples, padded):
     """Log-odds that the first candidate beats the second, of B (source, first, second).
 
-    padded: give all sequences one length, a multiple of 16 as the attention kernel wants it.
+    padded: give all sequences one length, a multiple of PADDING.
     """
     sequences = []
     marks = []
@@ -350,24 +389,22 @@ def score_batch(model, tokenizer, triples, padded):
         sequences.append(sequence)
         marks.append(positions)
     lengths = [len(sequence) for sequence in sequences]
+    device = next(model.parameters()).device
+    n_tokens = None
     if padded:
-        longest = 16 * math.ceil(max(lengths) / 16)
+        n_tokens = torch.tensor(lengths, device=device)  # (B,)
+        longest = PADDING * math.ceil(max(lengths) / PADDING)
         lengths = [longest] * len(sequences)
 
     # lay them end to end; any id serves as padding
     ids = []
-    padding = []
     for k, (sequence, length) in enumerate(zip(sequences, lengths)):
-        n_padding = length - len(sequence)
         marks[k] = [len(ids) + position for position in marks[k]]
-        ids += sequence + [0] * n_padding
-        padding += [False] * len(sequence) + [True] * n_padding
+        ids += sequence + [0] * (length - len(sequence))
 
-    device = next(model.parameters()).device
     ids = torch.tensor(ids, device=device)  # (T,)
     marks = torch.tensor(marks, device=device)  # (B, 3)
-    padding = torch.tensor(padding, device=device)  # (T,)
-    scores = model(ids, lengths, marks, padding)  # (B, 2)
+    scores = model(ids, lengths, marks, n_tokens)  # (B, 2)
     return (scores[:, 0] - scores[:, 1]).tolist()
 
 
