@@ -71,7 +71,7 @@ def mesh():
     return start_processes(DEVICE)
 
 
-def build(folder, dtype, chunk=256, recompute=False, lora_rank=0):
+def build(folder, dtype, chunk=256, recompute=False, compile=False, lora_rank=0):
     """The policy as train.py builds it."""
     policy = build_policy(
         folder,
@@ -79,7 +79,7 @@ def build(folder, dtype, chunk=256, recompute=False, lora_rank=0):
         dtype,
         chunk=chunk,
         recompute=recompute,
-        compile=False,
+        compile=compile,
         lora_rank=lora_rank,
         lora_alpha=16.0,
     )
@@ -153,6 +153,22 @@ def large():
         num_key_value_heads=8,
     )
     return make("cuda", shape, 192)
+
+
+@functools.cache
+def wide():
+    """The same with layers as wide as in models of 7B weights, but seven of them: 1.79B weights."""
+    if not ON_GPU:
+        return worded()
+    shape = dict(
+        vocab_size=32_000,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=7,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+    return make("cuda", shape, 64)
 
 
 def make(device, shape, n_pairs):
