@@ -39,8 +39,8 @@ PREFIXES = ["<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"]
 ROWS = 64
 # tiles of queries and keys; FlexAttention's own choice is several times slower for these scores
 TILES = {"BLOCK_M": 64, "BLOCK_N": 64}
-# a padded length is a multiple of this; FlexAttention takes fewer queries for another kind of call
-PADDING = 128
+# tokens of a padded sequence at least; FlexAttention takes fewer queries for a step of decoding
+SHORTEST = 128
 
 
 # -------------------------------------------------------------------------------- attention
@@ -380,7 +380,7 @@ def segment_prompt(tokenizer, prompt, texts, counts):
 def score_batch(model, tokenizer, triples, padded):
     """Log-odds that the first candidate beats the second, of B (source, first, second).
 
-    padded: give all sequences one length, a multiple of PADDING.
+    padded: give all sequences one length, a multiple of 16 as products want it.
     """
     sequences = []
     marks = []
@@ -393,7 +393,7 @@ def score_batch(model, tokenizer, triples, padded):
     n_tokens = None
     if padded:
         n_tokens = torch.tensor(lengths, device=device)  # (B,)
-        longest = PADDING * math.ceil(max(lengths) / PADDING)
+        longest = max(SHORTEST, 16 * math.ceil(max(lengths) / 16))
         lengths = [longest] * len(sequences)
 
     # lay them end to end; any id serves as padding

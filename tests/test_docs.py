@@ -189,6 +189,7 @@ SMALL = (
     "--model=tiny/world/base --prompts=tiny/world/prompts.jsonl "
     "--eval_prompts=tiny/world/heldout.jsonl --n_eval=8 --n_prompts=12 --new_instructions=0 "
     "--iterations=1 --processes=1 --engine=transformers --dtype=float32 --max_new_tokens=24 "
+    "--compile=False "
     "--ranker_model=tiny/world/judge --eval_ranker=pairrm --eval_ranker_model=tiny/world/judge"
 )
 
@@ -198,7 +199,7 @@ STAND_INS = {
     "iterate.sh config/aipo_nemo.py": f"iterate.sh config/aipo_nemo.py {SMALL}",
     "iterate.sh config/tiny.py": "iterate.sh config/tiny.py --n_eval=8",
     "--nproc-per-node=8 train.py config/aipo_nemo.py": (
-        "--nproc-per-node=2 train.py config/aipo_nemo.py --dtype=float32"
+        "--nproc-per-node=2 train.py config/aipo_nemo.py --dtype=float32 --compile=False"
     ),
     "--prompts=prompts.jsonl": "--prompts=prompts.jsonl --max_new_tokens=24",
     "--max_new_tokens=1024": "--max_new_tokens=24",

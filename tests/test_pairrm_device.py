@@ -18,6 +18,7 @@ def judge(tmp_path_factory):
 
 def compare(judge, monkeypatch, padded, dtype=torch.float32):
     """Matrices of random prompts, with or without padding, the encoder in `dtype`."""
+    monkeypatch.setattr(pairrm, "SHORTEST", 16)  # that is the compiled kernel's, and slow here
     # oneDNN's layers cannot change their type
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     model, tokenizer = pairrm.load_pairrm(judge, CPU)
@@ -50,7 +51,7 @@ def test_padding_a_batch_to_one_length_changes_no_score(judge, monkeypatch):
 
     # sequences of several lengths in each block
     assert shapes
-    assert all(length % pairrm.PADDING == 0 for _, _, length, _ in shapes)
+    assert all(length % 16 == 0 for _, _, length, _ in shapes)
     assert len(shapes) < 10
 
 

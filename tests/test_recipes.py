@@ -191,6 +191,7 @@ def size_down(recipe, world, request):
         "tensor_parallel": 1,
         "engine": "transformers",
         "dtype": "float32",
+        "compile": False,
         "n_prompts": 12,
         "max_new_tokens": 24,
     }
