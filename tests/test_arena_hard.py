@@ -2,6 +2,7 @@
 
 import glob
 import random
+import re
 import statistics
 
 import pytest
@@ -21,6 +22,7 @@ from benchmark_files import (
 )
 
 from nanoaipo.benchmarks import arena_hard
+from nanoaipo.errors import InputError
 
 # ---- published ----
 
@@ -198,3 +200,120 @@ def test_when_only_the_second_request_of_a_game_is_refused_the_others_still_coun
 
     assert read_json(tmp_path / "score.json")["n"] == 1
     assert read_json(tmp_path / "j.manifest.json")["counts"]["refused"] == 2
+
+
+# ---- v2.0, whose system prompts are code ----
+
+JUDGE_UTILS = """\
+raise SystemExit("this file is read, never run")
+STRICT = "Judge hard prompts."
+JUDGE_SETTINGS = {
+    "hard_prompt": {"baseline": "o3-mini-2025-01-31", "system_prompt": STRICT},
+    "creative_writing": {"system_prompt": "Judge " "fiction."},
+    "arena-hard-v0.1": {"system_prompt": STRICT},
+}
+"""
+ARENA_2_CONFIG = """\
+judge_model: gpt-4.1
+temperature: 0.0
+max_tokens: 16000
+prompt_template: "{QUESTION}?\\nA: {ANSWER_A}\\nB: {ANSWER_B}"
+"""
+CATEGORIES = {"h": "hard_prompt", "c": "creative_writing"}
+NAMES = {"h": "o3-mini-2025-01-31", "c": "gemini-2.0-flash-001"}
+
+
+def answer_2(uid, model, text):
+    """A record of an answers file, as v2.0 has it."""
+    messages = [
+        {"role": "user", "content": uid},
+        {"role": "assistant", "content": {"answer": text}},
+    ]
+    return {"uid": uid, "model": model, "messages": messages, "metadata": {"token_len": 8}}
+
+
+def arena_2_bench(tmp_path):
+    """Write what judging two answers takes, one of each category, in the layout of a clone."""
+    bench = tmp_path / "bench"
+    for folder, name, text in (
+        ("utils", "judge_utils.py", JUDGE_UTILS),
+        ("config", "arena-hard-v2.0.yaml", ARENA_2_CONFIG),
+    ):
+        (bench / folder).mkdir(parents=True)
+        (bench / folder / name).write_text(text)
+
+    # a clone has v0.1's questions too
+    other = {"uid": "other", "category": "arena-hard-v0.1", "prompt": "other"}
+    write(bench / "data" / "arena-hard-v0.1" / "question.jsonl", [other])
+    data = bench / "data" / "arena-hard-v2.0"
+    questions = [{"uid": k, "category": kind, "prompt": k} for k, kind in CATEGORIES.items()]
+    write(data / "question.jsonl", questions)
+    for name in NAMES.values():
+        rows = [answer_2(uid, name, f"{name} {{x}}") for uid in NAMES]
+        write(data / "model_answer" / f"{name}.jsonl", rows)
+    return write(tmp_path / "answers.jsonl", [answer_2(uid, "mine", "mine") for uid in NAMES])
+
+
+def test_arena_hard_2_compares_each_category_with_its_own_baseline(tmp_path):
+    answers = arena_2_bench(tmp_path)
+
+    def say(messages):
+        asked = messages[1]["content"]
+        if asked.startswith("c?\nA: mine"):
+            return "hm, [a>>b]"
+        return {"h": "[[B>A]] no: [[b>>a]]", "c": "no verdict"}[asked[0]]
+
+    server = Grader(say)
+    command = judge_by(server.url, tmp_path, "arena_hard", answers=answers, baseline="", lc_data="")
+
+    succeed(*command)
+
+    # what the judge was asked: nobody a second time, though one gave no verdict
+    asked = {tuple(message["content"] for message in body["messages"]) for body in server.bodies}
+    systems = {"h": "Judge hard prompts.", "c": "Judge fiction."}
+    expected = set()
+    for uid, name in NAMES.items():
+        theirs = f"{name} {{x}}"
+        for a, b in ((theirs, "mine"), ("mine", theirs)):
+            expected.add((systems[uid], f"{uid}?\nA: {a}\nB: {b}"))
+    assert asked == expected
+    assert len(server.bodies) == 4
+    assert {(body["temperature"], body["max_tokens"]) for body in server.bodies} == {(0, 16000)}
+
+    # the official format
+    rows = read(tmp_path / "j.jsonl")
+    for row, uid in zip(rows, NAMES, strict=True):
+        assert (row["uid"], row["category"]) == (uid, CATEGORIES[uid])
+        assert (row["model"], row["judge"], row["baseline"]) == ("mine", "gpt-j", NAMES[uid])
+    verdicts = [[game["score"] for game in row["games"]] for row in rows]
+    assert verdicts == [["B>>A", "B>>A"], [None, "A>>B"]]
+    game = rows[1]["games"][0]
+    assert game["judgment"] == {"answer": "no verdict"}
+    assert [message["role"] for message in game["prompt"]] == ["system", "user"]
+
+    scores = read_json(tmp_path / "score.json")
+    assert (scores["win_rate"], scores["n"], scores["invalid"]) == (50, 1, 1)
+    assert (scores["judge"], scores["served_model"]) == ("gpt-j", "x")
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("config/arena-hard-v2.0.yaml", None, "holds no arena-hard-v2.0.y*ml"),
+        ("utils/judge_utils.py", None, "holds no judge_utils.py"),
+        ("utils/judge_utils.py", "JUDGE_SETTINGS = load()", "no system_prompt of"),
+        ("utils/judge_utils.py", "JUDGE_SETTINGS = {}", "no system_prompt of"),
+        ("config/arena-hard-v2.0.yaml", "temperature: 0", "'prompt_template' is missing"),
+        ("data/arena-hard-v2.0/model_answer/o3-mini-2025-01-31.jsonl", None, "are not in"),
+    ],
+)
+def test_what_a_clone_of_arena_hard_2_lacks_is_named(tmp_path, name, text, message):
+    answers = arena_2_bench(tmp_path)
+    path = tmp_path / "bench" / name
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+
+    with pytest.raises(InputError, match=re.escape(message)):
+        arena_hard.judge(None, str(tmp_path / "bench"), answers, "", "gpt-j")

@@ -1,6 +1,8 @@
 """Arena-Hard, v0.1 and v2.0: two games a question against a baseline (2406.11939)."""
 
+import ast
 import collections
+import os
 import re
 import time
 
@@ -8,6 +10,7 @@ import numpy as np
 
 from nanoaipo.benchmarks.answers import (
     check_no_duplicates,
+    files_below,
     find_bench_file,
     last_day,
     only_judge,
@@ -19,7 +22,7 @@ from nanoaipo.files import read_records
 from nanoaipo.served import served_fields, served_scores
 from nanoaipo.thoughts import split_thought
 
-REPOSITORY = "lm-sys/arena-hard-auto"
+REPOSITORY = "lmarena/arena-hard-auto"
 SUFFIX = ".jsonl"  # of a judgments file
 
 # verdict: what A wins of a game, and the weight of the game; v2.0 reads those of the second table
@@ -29,12 +32,35 @@ VERDICTS = {"A>>B": (1, 3), "A>B": (1, 1), "A=B": (0.5, 1), "B>A": (0, 1), "B>>A
 MIRRORED = {"B<<A": (1, 3), "B<A": (1, 1), "B=A": (0.5, 1), "A<B": (0, 1), "A<<B": (0, 3)}
 # fmt: on
 WINNERS = {"model_a": (0, 1), "model_b": (1, 1), "tie": (0.5, 1)}  # of battles: the model is B
+NO_JUDGE = "unknown (a battles file does not say)"
 GO_ON = "continue your judgment and finish by outputting a final verdict label"
+
+# category: whose answers a model is compared with; a judgment of v0.1 has no category
+BASELINES = {
+    "all": "gpt-4-0314",
+    "arena-hard-v0.1": "gpt-4-0314",
+    "hard_prompt": "o3-mini-2025-01-31",
+    "creative_writing": "gemini-2.0-flash-001",
+}
 
 
 def key_of(row):
     """What a question is known by: question_id in v0.1, uid in v2.0."""
     return row.get("question_id", row.get("uid"))
+
+
+def model_of(row):
+    """The model that a judgment is about; of a battle it is B."""
+    if "winner" in row:
+        return row["model_b"]
+    return row["model"]
+
+
+def judge_of(row):
+    """The judge of a record; a battle does not name it."""
+    if "winner" in row:
+        return NO_JUDGE
+    return row["judge"]
 
 
 # ---- score ----
@@ -49,14 +75,10 @@ def score(judgments, model, *, answers="", resamples=1000, **_):
     answers file, for the tokens. Raises InputError.
     """
     rows = list(read_records(judgments))
-    battles = len(rows) > 0 and "winner" in rows[0][1]
-    model_field = "model_b" if battles else "model"
-    rows, model = select_model(rows, lambda r: r[model_field], judgments, model)
-    if battles:  # a question has several of them, and none names its judge
-        judge_name = "unknown (a battles file does not say)"
-        games = []
-    else:
-        judge_name = only_judge(rows, lambda r: r["judge"], judgments)
+    rows, model = select_model(rows, model_of, judgments, model)
+    judge_name = only_judge(rows, judge_of, judgments)
+    games = []
+    if "winner" not in rows[0][1]:  # a question has several battles
         check_no_duplicates(rows, key_of)
         games = [game for _, row in rows for game in row["games"] if game]
 
@@ -64,22 +86,27 @@ def score(judgments, model, *, answers="", resamples=1000, **_):
     if not won:
         raise InputError(f"{judgments}: not one verdict on {model}")
 
+    # v2.0 has two categories, hard prompts and creative writing
+    names = sorted(set(category.values()))
+    parts = {}
+    for name in names:
+        some = [won[key] for key in won if category[key] == name]
+        parts[name] = win_rate(some, resamples)
+
+    whole = parts[names[0]]
+    if len(names) > 1:
+        whole = win_rate(list(won.values()), resamples)
     scores = {
         "model": model,
         "judge": judge_name,
         **served_scores(games, judgments),
         "date": last_day(rows),
         "invalid": invalid,
-        **win_rate(list(won.values()), resamples),
+        **whole,
         "avg_tokens": mean_tokens(answers),
     }
-    # v2.0 has two categories, hard prompts and creative writing
-    names = sorted(set(category.values()))
     if len(names) > 1:
-        scores["categories"] = {}
-        for name in names:
-            some = [won[key] for key in won if category[key] == name]
-            scores["categories"][name] = win_rate(some, resamples)
+        scores["categories"] = parts
     return scores
 
 
@@ -154,60 +181,71 @@ def win_rate(counts, resamples):
 def judge(ask, bench_data, answers, baseline, judge_model):
     """Records of two games a question: game 1 shows the baseline as A, game 2 the model.
 
-    A judge that gives no verdict is asked once to go on and finish with one.
+    The baseline's answers are those beside the questions, each category having its own, or
+    `baseline`. v0.1 asks a judge that gives no verdict once to go on and finish with one.
     """
-    settings = read_judge_config(bench_data)
-    if not baseline:
-        raise InputError(
-            "--baseline is not set: the answers file of the model to compare with "
-            "(v0.1: model_answer/gpt-4-0314.jsonl)"
-        )
     ours, model = read_answers(answers)
-    theirs, baseline_name = read_answers(baseline)
-
     questions = read_questions(bench_data, ours)
     if not questions:
         raise InputError(f"{answers}: answers none of Arena-Hard's questions")
-    missing = [key for key in questions if key not in theirs]
-    if missing:
-        raise InputError(
-            f"{baseline}: no answer to {len(missing)} of the questions, such as '{missing[0]}'"
-        )
+    settings = {}
+    theirs = {}
+    for category in {question.get("category") for question in questions.values()}:
+        some = {k: q for k, q in questions.items() if q.get("category") == category}
+        settings[category] = read_judge_settings(bench_data, next(iter(some.values())))
+        theirs |= read_baseline(some, baseline)
 
     # two games a question, one after the other
     games = []
     for key, question in questions.items():
-        their_text = theirs[key].texts[0]
+        of_category = settings[question.get("category")]
+        their_text, _ = theirs[key]
         our_text = ours[key].texts[0]
         for number, a, b in ((1, their_text, our_text), (2, our_text, their_text)):
-            messages = fill_template(settings, first_turn(question), a, b)
-            games.append({"about": [key, number], "messages": messages})
-    play(games, ask, settings)
+            asked = {
+                "messages": fill_template(of_category, first_turn(question), a, b),
+                "temperature": float(of_category["temperature"]),
+                "max_tokens": of_category["max_tokens"],
+                "about": [key, number],
+            }
+            games.append({"asked": asked, "is_v2": "uid" in question})
+    play(games, ask)
 
     # games 2k and 2k + 1 are those of question k
-    fields = {
-        "model": model,
-        "judge": judge_model,
-        "baseline": baseline_name,
-        "tstamp": time.time(),
-    }
     rows = []
     for k, (key, question) in enumerate(questions.items()):
+        fields = {
+            "model": model,
+            "judge": judge_model,
+            "baseline": theirs[key][1],
+            "tstamp": time.time(),
+        }
         rows.append(record_of(key, question, fields, games[2 * k : 2 * k + 2]))
     return rows
 
 
-def read_judge_config(bench_data):
+def read_judge_settings(bench_data, question):
     """The judge's system_prompt, prompt_template (a text), temperature and max_tokens.
 
-    They stand in judge_config.yaml, which the repository had until v2.0 put them into code.
+    Of a question with a question_id they stand in judge_config.yaml, which the repository had until
+    v2.0. Since then system prompts are code, which is read, never run.
     """
     import yaml
 
-    origin = f"{REPOSITORY} (its tree of September 2024)"
-    path = find_bench_file(bench_data, "*judge_config*.y*ml", origin)
+    if "uid" not in question:
+        origin = f"{REPOSITORY} (its tree of September 2024)"
+        path = find_bench_file(bench_data, "*judge_config*.y*ml", origin)
+    else:
+        version = "arena-hard-v2.0"
+        if question["category"] == "arena-hard-v0.1":
+            version = "arena-hard-v0.1"
+        path = find_bench_file(bench_data, f"{version}.y*ml", REPOSITORY)
     with open(path, encoding="utf-8") as f:
         settings = yaml.safe_load(f)
+
+    if "uid" in question:
+        code = find_bench_file(bench_data, "judge_utils.py", REPOSITORY)
+        settings["system_prompt"] = read_system_prompt(code, question["category"])
     for field in ("system_prompt", "prompt_template", "temperature", "max_tokens"):
         if field not in settings:
             raise InputError(f"{path}: '{field}' is missing")
@@ -216,11 +254,70 @@ def read_judge_config(bench_data):
     return settings
 
 
+def read_system_prompt(path, category):
+    """A category's system_prompt in the table JUDGE_SETTINGS of judge_utils.py.
+
+    The file's top level is names for texts, and the table, which may use such a name for a text.
+    """
+    with open(path, encoding="utf-8") as f:
+        code = f.read()
+    assigned = {}
+    try:
+        for statement in ast.parse(code).body:
+            if isinstance(statement, ast.Assign):
+                assigned[ast.unparse(statement.targets[0])] = statement.value
+        entry = entry_of(assigned["JUDGE_SETTINGS"], category)
+        text = entry_of(entry, "system_prompt")
+        if isinstance(text, ast.Name):
+            text = assigned[text.id]
+        return ast.literal_eval(text)
+    except (LookupError, AttributeError, SyntaxError, ValueError) as e:
+        raise InputError(
+            f"{path}: no system_prompt of '{category}' in a table JUDGE_SETTINGS, as {REPOSITORY} "
+            "has it"
+        ) from e
+
+
+def entry_of(table, name):
+    """The value, not evaluated, of a key of a dict in source code."""
+    keys = [ast.literal_eval(key) for key in table.keys]
+    return dict(zip(keys, table.values))[name]
+
+
 def read_questions(bench_data, answers):
-    """{key: record} of the benchmark's questions that have an answer, in its order."""
-    path = find_bench_file(bench_data, "question.jsonl", REPOSITORY)
-    questions = {key_of(row): row for _, row in read_records(path)}
-    return {key: question for key, question in questions.items() if key in answers}
+    """{key: question} of the benchmark's questions that have an answer, in its order.
+
+    A clone holds the questions of v0.1 and v2.0. Each gets `folder`, where its file lies.
+    """
+    find_bench_file(bench_data, "question.jsonl", REPOSITORY)
+    questions = {}
+    for path in sorted(files_below(bench_data, "question.jsonl"), key=lambda p: (len(p), p)):
+        folder = os.path.dirname(path)
+        for _, row in read_records(path):
+            if key_of(row) in answers:
+                questions.setdefault(key_of(row), row | {"folder": folder})
+    return questions
+
+
+def read_baseline(questions, path):
+    """{key: (the baseline's answer, its name)} to questions of one category.
+
+    path: its answers; when empty, those in model_answer/ beside the questions.
+    """
+    if not path:
+        first = next(iter(questions.values()))
+        name = BASELINES.get(first.get("category", "all"))
+        path = os.path.join(first["folder"], "model_answer", f"{name}.jsonl")
+        if not os.path.exists(path):
+            raise InputError(f"--baseline is not set, and the answers of {name} are not in {path}")
+
+    answers, name = read_answers(path)
+    missing = [key for key in questions if key not in answers]
+    if missing:
+        raise InputError(
+            f"{path}: no answer to {len(missing)} of the questions, such as '{missing[0]}'"
+        )
+    return {key: (answers[key].texts[0], name) for key in questions}
 
 
 def first_turn(question):
@@ -247,26 +344,14 @@ def fill_template(settings, question, a, b):
     ]
 
 
-def play(games, ask, settings):
-    """Put the judge's reply into each game as `judgment`, and a second one if it has no verdict.
+def play(games, ask):
+    """Put the judge's reply into each game as `judgment`; v0.1 asks again where it has no verdict.
 
     answer: the same without thoughts, which may quote verdicts. served: who gave it.
     """
-
-    def replies_to(some):
-        questions = [
-            {
-                "messages": game["messages"],
-                "temperature": float(settings["temperature"]),
-                "max_tokens": settings["max_tokens"],
-                "about": game["about"],
-            }
-            for game in some
-        ]
-        return ask(questions)
-
     # all games at once
-    for game, reply in zip(games, replies_to(games)):
+    replies = ask([game["asked"] for game in games])
+    for game, reply in zip(games, replies):
         game["judgment"] = reply["reply"]
         _, game["answer"] = split_thought(reply["reply"])
         game["served"] = served_fields(reply)
@@ -274,12 +359,15 @@ def play(games, ask, settings):
     # then once more those that ended without a verdict; an empty reply was refused
     silent = []
     for game in games:
-        if game["judgment"] and not re.search(r"\[\[[AB<>=]+\]\]", game["answer"]):
+        has_verdict = re.search(r"\[\[[AB<>=]+\]\]", game["answer"])
+        if game["judgment"] and not has_verdict and not game["is_v2"]:
             silent.append(game)
-            game["messages"].append({"role": "assistant", "content": game["judgment"]})
-            game["messages"].append({"role": "user", "content": GO_ON})
+            messages = game["asked"]["messages"]
+            messages.append({"role": "assistant", "content": game["judgment"]})
+            messages.append({"role": "user", "content": GO_ON})
     if silent:
-        for game, reply in zip(silent, replies_to(silent)):
+        replies = ask([game["asked"] for game in silent])
+        for game, reply in zip(silent, replies):
             game["judgment"] += "\n" + reply["reply"]
             game["answer"] += "\n" + split_thought(reply["reply"])[1]
             game["served"] |= served_fields(reply)
@@ -287,16 +375,18 @@ def play(games, ask, settings):
 
 def record_of(key, question, fields, games):
     """A record of the judgments file, of one question's games, with the fields all records have."""
-    is_v2 = "uid" in question
     row = {"question_id": key}
-    if is_v2:
+    if "uid" in question:
         row = {"uid": key, "category": question["category"]}
     row |= fields
     row["games"] = []
     for game in games:
-        verdict = verdict_of(game["answer"], is_v2)
-        text = game["messages"][1]["content"]
-        played = {"user_prompt": text, "judgment": game["judgment"], "score": verdict}
+        messages = game["asked"]["messages"][:2]
+        played = {"score": verdict_of(game["answer"], game["is_v2"])}
+        if game["is_v2"]:
+            played |= {"judgment": {"answer": game["judgment"]}, "prompt": messages}
+        else:
+            played |= {"user_prompt": messages[1]["content"], "judgment": game["judgment"]}
         row["games"].append(played | game["served"])
     return row
 
