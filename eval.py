@@ -52,6 +52,7 @@ verdict_tokens = 0                      # longest reply; 0: the benchmark's own 
 bench_data = ""                         # folder with the benchmark's own prompts and questions
 lc_data = ""                            # folder with AlpacaEval's df_gamed.csv; empty: from the hub
 answer_name = ""                        # the model to score, where a file holds several
+pool = ""                               # arena_hard: folder of other models, for style control
 engine = "auto"                         # of a judge here: vllm, transformers, or auto
 dtype = "bfloat16"                      # of the computation; take float32 on CPUs
 generate_rows = 512                     # replies sampled at once (transformers)
@@ -255,6 +256,7 @@ def grade_answers(prompts, responses):
 def evaluate_benchmark():
     """Write the scores of a file of judgments, asking a judge for them first if there is one."""
     from nanoaipo.benchmarks import BENCHMARKS
+    from nanoaipo.benchmarks.style_control import pool_hash
 
     if bench not in BENCHMARKS:
         raise InputError(f"--bench={bench}: there are win_rate, {', '.join(BENCHMARKS)}")
@@ -269,14 +271,18 @@ def evaluate_benchmark():
     used = ("bench", "answer_name", "judgments", "answers", "baseline", "lc_data")
     inputs = [key for key in ("answers", "baseline", "lc_data") if config[key]]
     settings = {key: config[key] for key in used}
+    files = {"answers": answers, "lc_data": lc_data, "baseline": baseline}
+    if pool:
+        if bench != "arena_hard":
+            raise InputError(f"--pool={pool}: only arena_hard has style control")
+        settings["pool"] = pool_hash(pool)
+        files["pool"] = pool
     manifest = open_stage(out, ".json", settings, "judgments", *inputs)
     if manifest is None:
         return
 
     try:
-        scores = BENCHMARKS[bench].score(
-            judgments, answer_name, answers=answers, lc_data=lc_data, baseline=baseline
-        )
+        scores = BENCHMARKS[bench].score(judgments, answer_name, **files)
     except InputError:  # a ValueError that has its message
         raise
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as e:

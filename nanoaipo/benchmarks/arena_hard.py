@@ -17,6 +17,14 @@ from nanoaipo.benchmarks.answers import (
     read_answers,
     select_model,
 )
+from nanoaipo.benchmarks.style_control import (
+    Battle,
+    controlled_win_rate,
+    pool_files,
+    pool_hash,
+    read_styles,
+    style_difference,
+)
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
 from nanoaipo.served import served_fields, served_scores
@@ -66,17 +74,19 @@ def judge_of(row):
 # ---- score ----
 
 
-def score(judgments, model, *, answers="", resamples=1000, **_):
+def score(judgments, model, *, answers="", baseline="", pool="", resamples=1000, **_):
     """Win rate against the baseline, its 95 % interval by a bootstrap over questions; mean tokens.
 
     As every game is against the baseline, the Bradley-Terry win probability is the weighted share
     of games won. v0.1 leaves out a game without a verdict, v2.0 the whole question. A battles file
     has the games one by one. model: whose judgments, where the file has several; answers: its
-    answers file, for the tokens. Raises InputError.
+    answers file, for the tokens. pool: a folder with answers and judgments of other models, for the
+    win rate under style control. Raises InputError.
     """
     rows = list(read_records(judgments))
     rows, model = select_model(rows, model_of, judgments, model)
     judge_name = only_judge(rows, judge_of, judgments)
+    rows = [(where, without_texts(row)) for where, row in rows]
     games = []
     if "winner" not in rows[0][1]:  # a question has several battles
         check_no_duplicates(rows, key_of)
@@ -93,6 +103,12 @@ def score(judgments, model, *, answers="", resamples=1000, **_):
         some = [won[key] for key in won if category[key] == name]
         parts[name] = win_rate(some, resamples)
 
+    if pool:
+        by_model = read_pool(pool, judge_name, model) | {model: rows}
+        battles = pool_battles(by_model, model, pool, answers, baseline)
+        for name in names:
+            parts[name] |= controlled_win_rate(battles[name], model)
+
     whole = parts[names[0]]
     if len(names) > 1:
         whole = win_rate(list(won.values()), resamples)
@@ -107,6 +123,9 @@ def score(judgments, model, *, answers="", resamples=1000, **_):
     }
     if len(names) > 1:
         scores["categories"] = parts
+    if pool:
+        scores["pool"] = ", ".join(sorted(by_model))
+        scores["pool_sha256"] = pool_hash(pool)
     return scores
 
 
@@ -159,6 +178,19 @@ def games_of(row):
     return [first, second]
 
 
+def without_texts(row):
+    """A record without what the judge read and wrote, so that a whole pool fits in memory."""
+    if "winner" in row:
+        return row
+    fields = ("score", "served_model", "system_fingerprint")
+    games = []
+    for game in row["games"]:
+        if game is not None:
+            game = {field: game[field] for field in fields if field in game}
+        games.append(game)
+    return row | {"games": games}
+
+
 def win_rate(counts, resamples):
     """Questions, win rate and its interval, of [won, weight] of each question."""
     counts = np.array(counts)  # (Q, 2)
@@ -173,6 +205,83 @@ def win_rate(counts, resamples):
         "win_rate": 100 * counts[:, 0].sum() / counts[:, 1].sum(),
         "ci": ci.tolist(),
     }
+
+
+# ---- style control ----
+
+
+def read_pool(pool, judge_name, model):
+    """{other model: its (where, record) pairs} of what the judge has judged in a folder."""
+    by_model = collections.defaultdict(list)
+    other_judges = set()
+    for path in pool_files(pool).judgments:
+        for where, row in read_records(path):
+            if model_of(row) == model:  # its judgments are those that are scored
+                continue
+            if judge_of(row) == judge_name:
+                by_model[model_of(row)].append((where, without_texts(row)))
+            else:
+                other_judges.add(judge_of(row))
+
+    if other_judges and not by_model:
+        names = ", ".join(sorted(other_judges))
+        raise InputError(
+            f"--pool={pool}: no judgments by {judge_name}, but by {names}; judges are never mixed"
+        )
+    return by_model
+
+
+def pool_battles(by_model, model, pool, answers, baseline):
+    """{category: [Battle]} of all models' records, {model: (where, record) pairs}.
+
+    The styles come from the answers in the pool. answers, baseline: the files of the model that is
+    scored and of the baseline, where they are set.
+    """
+    is_v2 = "uid" in by_model[model][0][1]
+    styles = {}
+    for path in pool_files(pool).answers:
+        name, of_model = read_styles(path, is_v2)
+        if name in styles:
+            raise InputError(f"{path}: answers of {name}, which another file of the pool has too")
+        styles[name] = of_model
+    if baseline:
+        name, of_model = read_styles(baseline, is_v2)
+        styles[name] = of_model
+    if answers:
+        _, styles[model] = read_styles(answers, is_v2)
+
+    # one served judge for all, as within a file
+    games = []
+    for rows in by_model.values():
+        for _, row in rows:
+            games += [game for game in row.get("games", ()) if game]
+    served_scores(games, pool)
+
+    # who is compared with whom, and on what
+    battles = collections.defaultdict(list)
+    baselines = {}
+    for name, rows in by_model.items():
+        if "winner" not in rows[0][1]:
+            check_no_duplicates(rows, key_of)
+        won, category, _ = tally(rows)
+        other = {key_of(row): baseline_of(row) for _, row in rows}
+        for key, (share, weight) in won.items():
+            for side in (name, other[key]):
+                if key not in styles.get(side, {}):
+                    raise InputError(f"--pool={pool}: no answer of {side} to '{key}' in it")
+            if baselines.setdefault(category[key], other[key]) != other[key]:
+                raise InputError(
+                    f"--pool={pool}: {category[key]} is compared with {other[key]} and with "
+                    f"{baselines[category[key]]}; a pool has one baseline"
+                )
+            difference = style_difference(styles[name][key], styles[other[key]][key], is_v2)
+            battles[category[key]].append(Battle(name, key, share, weight, difference))
+    return battles
+
+
+def baseline_of(row):
+    """The model that a record compares with: as it says, or its category's."""
+    return row.get("baseline") or row.get("model_a") or BASELINES[row.get("category", "all")]
 
 
 # ---- judge ----
