@@ -1,12 +1,14 @@
 """The log-prob gather against log_softmax and gather: time forward and backward, and peak memory.
 
-    python bench/gather.py
+    python bench/gather.py                   on a CPU in float32
+    python bench/gather.py --device=cuda     on a GPU in bfloat16
 
-Memory is above the inputs. On a CPU in float32, the memory read as the process's high-water mark in
-a process of its own; with a CUDA GPU in bfloat16, against Liger's fused linear cross-entropy too
-where it is installed (its loss sums over tokens: one weight for all, as in SFT).
+Memory is above the inputs; on a CPU it is read as the high-water mark of a process of its own. On a
+GPU Liger's fused linear cross-entropy takes part where it is installed (its loss sums over tokens:
+one weight for all, as in SFT).
 """
 
+import argparse
 import importlib.util
 import json
 import os
@@ -79,7 +81,7 @@ def peak(f, V, device, dtype):
         once(f, *arguments)
         return torch.cuda.max_memory_allocated() - before
 
-    command = [sys.executable, __file__, f.__name__, str(V)]
+    command = [sys.executable, __file__, f"--peak={f.__name__}", f"--vocabulary={V}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -123,17 +125,23 @@ def compare(device, dtype, functions):
 
 
 def main():
-    if len(sys.argv) > 1:  # one pass, alone, for its memory
-        print_peak_here(sys.argv[1], int(sys.argv[2]))
-        return
-    compare("cpu", torch.float32, [ours, naive])
-    if not torch.cuda.is_available():
-        print("no CUDA device: the GPU half was not run")
-        return
-    functions = [ours, naive]
-    if importlib.util.find_spec("liger_kernel"):
-        functions.append(liger)
-    compare("cuda", torch.bfloat16, functions)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--peak", help="a function: print what one pass of it needs")
+    parser.add_argument("--vocabulary", type=int)
+    arguments = parser.parse_args()
+
+    if arguments.peak:
+        print_peak_here(arguments.peak, arguments.vocabulary)
+    elif arguments.device == "cpu":
+        compare("cpu", torch.float32, [ours, naive])
+    else:
+        functions = [ours, naive]
+        if importlib.util.find_spec("liger_kernel"):
+            functions.append(liger)
+        else:
+            print("Liger is left out: liger_kernel is not installed")
+        compare("cuda", torch.bfloat16, functions)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """What computing each prompt once is worth: forward and backward of one micro-batch.
 
-    python bench/shared_prompt.py
+    python bench/shared_prompt.py                   on a CPU in float32
+    python bench/shared_prompt.py --device=cuda     on a GPU in bfloat16
 
 Laid out as packing.py does, and with the prompt twice. Lengths are fixed to those of UltraFeedback,
 about 150 tokens of prompt and 350 of each response. The log-probs of both are compared.
 """
 
+import argparse
 import array
 import os
 import random
@@ -131,14 +133,17 @@ def compare(device, dtype, n_pairs, rounds=4):
 
 
 def main():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    compare("cpu", torch.float32, 4)
-    if not torch.cuda.is_available():
-        print("no CUDA device: the GPU half was not run")
-        return
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    device = parser.parse_args().device
+
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if device == "cuda":
+        compare("cuda", torch.bfloat16, 16)
+    else:
+        compare("cpu", torch.float32, 4)
     dist.destroy_process_group()
-    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    compare("cuda", torch.bfloat16, 16)
 
 
 if __name__ == "__main__":
