@@ -555,3 +555,15 @@ def test_official_answers_with_a_text_or_nothing_as_their_metadata_are_read(tmp_
     assert list(answers) == ["0", "1", "2", "i"]
     assert [answer.tokens for answer in answers.values()] == [None, None, 7, None]
     assert {tuple(answer.texts) for answer in answers.values()} == {("a",)}
+
+
+def test_token_counts_of_arena_hard_answers_are_found_wherever_they_stand(tmp_path):
+    within = model_answer("1", "m", [{"content": "a", "token_len": 5}])
+    beside = model_answer("2", "m", [{"content": "a"}]) | {"conv_metadata": {"token_len": 6}}
+    nowhere = model_answer("3", "m", [{"content": "a"}]) | {"conv_metadata": None}
+    path = tmp_path / "answers.jsonl"
+    write(path, [within, beside, nowhere])
+
+    answers, _ = read_answers(str(path))
+
+    assert [answer.tokens for answer in answers.values()] == [5, 6, None]

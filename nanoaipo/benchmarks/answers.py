@@ -38,6 +38,8 @@ def parse_answer(row):
         texts = [text_of(turn, "content") for turn in turns]
         if isinstance(turns[0], dict):  # Arena-Hard's have a length, MT-Bench's are texts
             tokens = turns[0].get("token_len")
+        if tokens is None and isinstance(row.get("conv_metadata"), dict):  # of late 2024
+            tokens = row["conv_metadata"].get("token_len")
     elif "messages" in row:  # Arena-Hard v2.0
         name = row["model"]
         contents = [m["content"] for m in row["messages"] if m["role"] == "assistant"]

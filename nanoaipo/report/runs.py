@@ -31,6 +31,7 @@ TRAINING = Source("training pairs", "")  # nobody judges them
 PERFORMANCE = {
     "win_rate": ("win rate", ".1f%"),
     "lc_win_rate": ("LC win rate", ".1f%"),
+    "sc_win_rate": ("SC win rate", ".1f%"),
     "accuracy": ("accuracy", ".1f%"),
     "followed": ("followed", ".1f%"),
     "followed_share": ("share followed", ".1f%"),
