@@ -9,6 +9,10 @@ distinct texts. A prompt gives no pair when fewer than two responses are left, w
 the same text, or when their scores tie; a pair is dropped when its scores are closer than min_gap
 or its chosen response holds a URL. The manifest counts each case. Candidates from elsewhere may be
 bare texts: {"prompt": ..., "responses": [...]}.
+
+    python rank.py config/aipo_nemo.py --meta=preferences.jsonl --out=agreement.json
+
+judges the judge: how often this ranker is right where it is known which response is.
 """
 
 import collections
@@ -16,23 +20,34 @@ import math
 import random
 import re
 import statistics
+import time
 
 from configurator import configure, run_script
+from nanoaipo.agreement import (
+    accuracy_text,
+    agreement,
+    print_agreement,
+    read_preferences,
+    wilson_interval,
+)
 from nanoaipo.chat import template_arguments
 from nanoaipo.errors import InputError
-from nanoaipo.files import shard_path
+from nanoaipo.files import shard_path, write_json
 from nanoaipo.messages import Dropped
 from nanoaipo.processes import RANK, WORLD_SIZE, print0
 from nanoaipo.prompts import read_candidates
 from nanoaipo.responses import answer_length
 from nanoaipo.seeds import derive_seed
-from nanoaipo.stages import open_output, open_stage
+from nanoaipo.served import served_fields, served_scores, with_served
+from nanoaipo.stages import manifest_path, open_output, open_stage
 from nanoaipo.thoughts import split_thought, with_thought
 
 # fmt: off
 # ---- settings ----
 candidates = ""                         # candidates file, folder or glob
-out = ""                                # pairs file to write (JSONL)
+meta = ""                               # or known preferences, to judge the ranker itself by
+meta_repeats = 0                        # and again so many times: runs of a judge differ
+out = ""                                # pairs file to write (JSONL); of meta, the numbers (JSON)
 ranker = "pairrm"                       # pairrm, llm-blender, reward, judge, answer or annotators
 # "policy" is the policy itself; annotators are written "pairrm:MODEL reward:MODEL ..."
 ranker_model = "llm-blender/PairRM"     # folder or hub name, "policy", or the annotators
@@ -326,15 +341,6 @@ def longer_won_by_prompt(pairs):
     return [statistics.fmean(won) for won in wins.values()]
 
 
-def wilson_interval(share, n, z=1.96):
-    """Wilson's interval of a share among n votes, 95 % by default; n = 0 counts as one vote."""
-    n = max(n, 1)
-    center = share + z * z / 2 / n
-    reach = z * math.sqrt((share * (1 - share) + z * z / 4 / n) / n)
-    scale = 1 + z * z / n
-    return [(center - reach) / scale, (center + reach) / scale]
-
-
 def summary(pairs):
     """Means over the pairs, and how often the longer won: this ranker's length bias here."""
     if not pairs:
@@ -364,6 +370,55 @@ def print_summary(numbers):
     )
 
 
+# -------------------------------------------------------------------------------- judging the judge
+
+
+def judge_the_judge(settings, manifest):
+    """Write how often the ranker is right about the preferences in `meta`, and print it."""
+    if WORLD_SIZE > 1:
+        raise InputError("--meta: is for one process; start it without torchrun")
+    preferences = read_preferences(meta)
+    for row in preferences:
+        row["texts"] = list(first_of_each_text(row["responses"]))
+
+    from nanoaipo.rankers import load_ranker
+
+    counts = collections.Counter()
+    rank = load_ranker(ranker, settings["ranker_model"], settings, counts)
+    runs = []
+    for run in range(1 + meta_repeats):
+        rows = preferences
+        if run > 0:  # a judge's replies are to a prompt's id: other ids, other replies
+            rows = [row | {"id": f"{row['id']} (run {run + 1})"} for row in preferences]
+        scores = []
+        for row, (rewards, odds) in zip(rows, rank(rows)):
+            row_scores, _ = score_responses(row["responses"], rewards, odds)
+            scores.append(row_scores.tolist())
+        runs.append(agreement(preferences, scores))
+
+    # who judged: of an endpoint the model that it says it served
+    judge = f"{ranker} {settings['ranker_model']}".strip()
+    measured = {"judge": judge, "date": time.strftime("%Y-%m-%d")}
+    if ranker == "judge" and judge_url:
+        from nanoaipo.questions import kept_replies
+
+        replies = kept_replies(out, settings["ranker_model"])
+        measured |= served_scores([served_fields(reply) for reply in replies], out)
+    measured |= runs[0] | {"counts": dict(counts)}
+    if meta_repeats:
+        measured["runs"] = [one["accuracy"] for one in runs]
+    if measured["n"] == 0:
+        raise InputError(f"--ranker={ranker}: not one readable verdict on {meta}")
+
+    write_json(manifest_path(out), manifest)
+    write_json(out, measured)
+    print(f"accuracy of {with_served(judge, measured.get('served_model'))} on {meta}")
+    print_agreement(measured)
+    if meta_repeats:
+        print("of each run:", "; ".join(accuracy_text(one) for one in runs))
+    print("->", out)
+
+
 # -------------------------------------------------------------------------------- the stage
 
 
@@ -376,6 +431,7 @@ def check_settings():
         raise InputError(f"--tier={tier}: from 0 to below 0.5, or top and bottom overlap")
     at_least = {
         "max_pairs": 1,
+        "meta_repeats": 0,
         "judge_votes": 1,
         "judge_concurrency": 1,
         "annotator_votes": 0,
@@ -417,12 +473,20 @@ def main():
     models = {}
     if ranker == "annotators":
         models = annotator_models(settings["ranker_model"])
-    inputs = ["candidates", "ranker_model", *models]
+    data = "candidates"
+    suffix = ".jsonl"
+    if meta:
+        data = "meta"
+        suffix = ".json"
+    inputs = [data, "ranker_model", *models]
     if ranker == "answer":  # reads no model
         settings["ranker_model"] = ""
-        inputs = ["candidates"]
-    manifest = open_stage(out, ".jsonl", settings | models, *inputs)
+        inputs = [data]
+    manifest = open_stage(out, suffix, settings | models, *inputs)
     if manifest is None:
+        return
+    if meta:
+        judge_the_judge(settings, manifest)
         return
 
     # who competes

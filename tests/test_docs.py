@@ -204,6 +204,7 @@ STAND_INS = {
     "--prompts=prompts.jsonl": "--prompts=prompts.jsonl --max_new_tokens=24",
     "--max_new_tokens=1024": "--max_new_tokens=24",
     "llm-blender/PairRM": "tiny/world/judge",
+    "allenai/reward-bench-2:test": "pairs.jsonl",
     "Qwen/Qwen2.5-7B-Instruct": "tiny/world/base",
     "MODEL": "tiny/world/base",
     "out/tiny_aipo out/tiny_dpo": "out/aipo_nemo out/dpo_nemo",
