@@ -64,8 +64,10 @@ reward_temperature = 1.0                # z = difference of scores / this (rewar
 # the judge's endpoint is OpenAI-compatible, its key stands in OPENAI_API_KEY
 judge_url = ""                          # endpoint of the judge; empty: an engine here
 judge_mode = "score"                    # score: 0 to 5 points; pairwise: two, in both orders
-# with {prompt} and {response} to score, with {prompt}, {response_a} and {response_b} to compare
+# with {prompt} and {response} to score, with {prompt}, {response_a} and {response_b} to compare,
+# and {rubric} or the like, which the column of that name fills
 judge_prompt = ""                       # file with what the judge is asked; empty: ours in prompts/
+verdict = ""                            # regular expression with one group; empty: known forms
 judge_votes = 3                         # replies to every question (Self-Rewarding: 3)
 judge_temperature = 0.7                 # of the judge's replies (ours)
 judge_tokens = 512                      # longest reply of the judge

@@ -1,6 +1,7 @@
 """A language model as judge: its replies are points, or votes with Bradley-Terry strengths."""
 
 import itertools
+import json
 import math
 import os
 import re
@@ -11,7 +12,7 @@ from nanoaipo.chat import template_arguments
 from nanoaipo.errors import InputError
 from nanoaipo.questions import ask, endpoint, local_model
 from nanoaipo.stages import fingerprint
-from nanoaipo.thoughts import split_thought
+from nanoaipo.thoughts import marks_of, split_thought
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -56,9 +57,21 @@ MARKED = re.compile(
     re.IGNORECASE,
 )
 MARKED_POINTS = re.compile(r"(\d+(?:\.\d+)?)(?:\s*/\s*5)?")
-MARKED_VERDICT = re.compile(r"(?:(?:response|answer)\s*)?(a|b|tie|a>>?b|b>>?a|a=b)")
+MARKED_VERDICT = re.compile(
+    r"(?:(?:response|answer|assistant|model)[\s_]*)?(a|b|c|tie|a>>?b|b>>?a|a=b)"
+)
 OUTCOMES = {"a": 1.0, "a>b": 1.0, "a>>b": 1.0, "b": 0.0, "b>a": 0.0, "b>>a": 0.0}
-OUTCOMES |= {"tie": 0.5, "a=b": 0.5}
+OUTCOMES |= {"tie": 0.5, "a=b": 0.5, "c": 0.5}  # MT-Bench's tie is [[C]]
+
+# {"score": 4}, {"winner": "A"}: which keys of a JSON object hold a verdict
+SCORE_KEYS = {"score", "final_score", "total_score", "overall_score", "rating"}
+VERDICT_KEYS = {"winner", "better", "verdict", "choice", "preference"}
+JSON = json.JSONDecoder(strict=False)  # its texts may hold line breaks
+
+NUMBER = re.compile(r"[-−+]?\d+(?:\.\d+)?")  # what --verdict finds where points are asked for
+
+# {rubric} in a template, filled from the prompt's record; \boxed{answer} is none
+PLACE = re.compile(r"(?<!\w)\{([a-z_]\w*)\}")
 
 
 def prompt_text(messages):
@@ -76,15 +89,16 @@ def from_rewards(rewards, temperature):
 
 
 def read_score(reply):
-    """The number on the last line "Score: N" of a reply, else the one that it marks, or None.
+    """The number on the last line "Score: N" of a reply, else in JSON or marked, or None.
 
     A sum counts as what it comes to. A range, a fraction, one of several numbers, a number below 0
     or above 5 or on another scale, and what stands in a thought are no score.
     """
     _, answer = split_thought(reply)
+    values, answer = cut_json(answer, SCORE_KEYS)
     found = SCORE_LINE.findall(MARKUP.sub("", answer))
     if not found:
-        points = read_marked(answer, MARKED_POINTS)
+        points = one_verdict(values or marked_texts(answer), MARKED_POINTS)
         if points is None or float(points) > 5:
             return None
         return float(points)
@@ -111,34 +125,101 @@ def read_score(reply):
 def read_verdict(reply):
     """The last line "Better: A", "B" or "tie" of a reply as 1, 0 or a half, or None.
 
-    Without such a line what the reply marks counts.
+    Without such a line what stands in JSON or is marked counts.
     """
     _, answer = split_thought(reply)
+    values, answer = cut_json(answer, VERDICT_KEYS)
     found = VERDICT.findall(MARKUP.sub("", answer))
     if not found:
-        return OUTCOMES.get(read_marked(answer, MARKED_VERDICT))
+        return OUTCOMES.get(one_verdict(values or marked_texts(answer), MARKED_VERDICT))
     return OUTCOMES.get(found[-1].lower())
 
 
-def read_marked(answer, pattern):
-    """What an answer marks as its verdict, in lower case, or None where it marks nothing or two.
+def cut_json(answer, keys):
+    """What JSON objects in an answer have under these keys, as texts, and the answer without them.
 
-    An answer that is nothing but a verdict needs no mark. pattern: of a verdict; its group is
-    returned, and text of another form is none.
+    Keys are in lower case with underscores. An object that has none of them stays in the answer.
     """
-    marked = {match[match.lastgroup] for match in MARKED.finditer(answer)}
-    if not marked:
-        marked = {answer}
+    values = []
+    rest = []
+    end = 0  # of the last object
+    for match in re.finditer(r"\{", answer):
+        begin = match.start()
+        if begin < end:
+            continue
+        try:
+            found, stop = JSON.raw_decode(answer, begin)
+        except (ValueError, RecursionError):  # no JSON
+            continue
+        names = [name for name in found if re.sub(r"\W+", "_", name.lower()) in keys]
+        if names:
+            values += [str(found[name]) for name in names]
+            rest.append(answer[end:begin])
+            end = stop
+    rest.append(answer[end:])
+    return values, "".join(rest)
 
-    # without brackets and bold
+
+def marked_texts(answer):
+    """What an answer marks as its verdict; an answer without a mark is taken for one as a whole."""
+    marked = [match[match.lastgroup] for match in MARKED.finditer(answer)]
+    return marked or [answer]
+
+
+def one_verdict(texts, pattern):
+    """The verdict that all these texts give, in lower case, or None where one gives another.
+
+    pattern: of a verdict; its group is returned, and text of another form is none.
+    """
     verdicts = set()
-    for text in marked:
-        bare = text.lstrip(" \n*_`($").rstrip(" \n*_`)$.")
-        match = pattern.fullmatch(bare.lower())
+    for text in texts:
+        match = pattern.fullmatch(without_bold(text))
         verdicts.add(match and match[1])
     if len(verdicts) != 1:
         return None
     return verdicts.pop()
+
+
+def without_bold(text):
+    """A verdict without the brackets and bold around it, in lower case."""
+    return text.lstrip(" \n*_`($").rstrip(" \n*_`)$.").lower()
+
+
+def reader_of(verdict, judge_mode):
+    """A function as read_score or read_verdict, which reads what a regular expression finds.
+
+    Of several matches behind the thought the last counts, in it the group `verdict`, or the only
+    group. Points may be any number: the scale is that of the judge_prompt. Raises InputError.
+    """
+    try:
+        pattern = re.compile(verdict, re.MULTILINE)
+    except re.error as e:
+        raise InputError(f"--verdict={verdict}: no regular expression: {e}") from e
+    group = 1
+    if "verdict" in pattern.groupindex:
+        group = "verdict"
+    elif pattern.groups != 1:
+        raise InputError(
+            f"--verdict={verdict}: has {pattern.groups} groups; wanted is one, "
+            "or one that is named: (?P<verdict>...)"
+        )
+
+    def read(reply):
+        # not split_thought: marks around the answer may be what the expression looks for
+        marks = marks_of(reply)
+        if marks:
+            _, _, reply = reply.partition(marks[1])
+        matches = list(pattern.finditer(reply))
+        if not matches:
+            return None
+        text = without_bold(matches[-1][group] or "")
+        if judge_mode == "pairwise":
+            return OUTCOMES.get(one_verdict([text], MARKED_VERDICT))
+        if NUMBER.fullmatch(text) is None:
+            return None
+        return float(text.replace("−", "-"))
+
+    return read
 
 
 # mode: how a reply is read, and the fields of its template, the prompt's first
@@ -157,6 +238,7 @@ def judge(
     judge_url,
     judge_mode="score",
     judge_prompt="",
+    verdict="",
     judge_votes=3,
     judge_temperature=0.7,
     judge_tokens=512,
@@ -178,11 +260,15 @@ def judge(
     additive rubric of Self-Rewarding, 2401.10020); a response's reward is the mean over its votes.
     Mode "pairwise" shows two responses at a time, in both orders, and fits Bradley-Terry strengths
     to the votes, as for annotators. What is asked stands in prompts/judge_MODE.txt or in the file
-    judge_prompt. Behind an endpoint a judge is known by its model's name, wherever it is served.
+    judge_prompt, with places for columns of the prompt's record. verdict is a regular expression
+    that finds the verdict. Behind an endpoint a judge is known by its model's name, wherever it is
+    served.
     """
     if judge_mode not in JUDGE_MODES:
         raise InputError(f"--judge_mode={judge_mode}: there are {', '.join(JUDGE_MODES)}")
     read, fields = JUDGE_MODES[judge_mode]
+    if verdict:
+        read = reader_of(verdict, judge_mode)
     template = load_template(judge_mode, judge_prompt, fields)
 
     # `identity` enters every question, so that another judge is asked anew
@@ -254,15 +340,39 @@ def load_template(judge_mode, judge_prompt, fields):
 
 
 def fill_template(template, fields, row, shown):
-    """The template with the row's prompt and the responses `shown` (indices) in its fields."""
+    """The template with the row's prompt and the responses `shown` (indices) in its fields.
+
+    Other places, such as {rubric}, take the row's column of that name. Raises InputError for a row
+    without it.
+    """
     texts = [prompt_text(row["prompt"])]
     for i in shown:
         texts.append(row["texts"][i])
     values = dict(zip(fields, texts))
 
+    for place in PLACE.finditer(template):
+        if place[0] in fields:
+            continue
+        value = row.get(place[1])
+        if value is None:
+            raise InputError(
+                f"prompt '{row['id']}': no '{place[1]}', which {place[0]} in the judge_prompt "
+                f"stands for; its columns are {', '.join(row)}"
+            )
+        values[place[0]] = column_text(value)
+
     # one pass over the template: a text that spells a field stays as it is
-    any_field = "|".join(map(re.escape, fields))
+    any_field = "|".join(map(re.escape, values))
     return re.sub(any_field, lambda match: values[match[0]], template)
+
+
+def column_text(value):
+    """A column as a judge reads it: a text as it is, a list of texts numbered, else JSON."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return "\n".join(f"{n}. {item}" for n, item in enumerate(value, 1))
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def all_comparisons(rows, n_shown):

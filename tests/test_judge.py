@@ -901,6 +901,9 @@ def test_killed_itself_and_run_again_it_asks_only_what_is_missing(tmp_path):
         ({"reward_temperature": 0.0}, "--reward_temperature=0.0: at least"),
         ({"judge_mode": "triple"}, "--judge_mode=triple: there are score, pairwise"),
         ({"judge_prompt": "/nowhere"}, "--judge_prompt=/nowhere: no such file"),
+        ({"verdict": "("}, "--verdict=(: no regular expression: missing )"),
+        ({"verdict": "[0-5]"}, "--verdict=[0-5]: has 0 groups; wanted is one"),
+        ({"verdict": "(A)|(B)"}, "has 2 groups; wanted is one, or one that is named"),
         (
             {"judge_prompt": "{0}/rubric.txt"},
             "rubric.txt: lacks {response}, where the text to judge goes",
@@ -1035,6 +1038,8 @@ def test_the_last_verdict_of_a_reply_counts(reply, score, verdict):
         ("[[A>B]]", None, 1),
         ("[[B>>A]]", None, 0),
         ("[[A=B]]", None, 0.5),
+        ("[[C]]", None, 0.5),
+        ("[[Assistant A]]", None, 1),
         ("[[tie]]", None, 0.5),
         ("[[Response B]]", None, 0),
         ("<answer>A</answer>", None, 1),
@@ -1061,6 +1066,114 @@ def test_the_last_verdict_of_a_reply_counts(reply, score, verdict):
 def test_a_verdict_that_is_marked_counts_where_no_line_says_one(reply, score, verdict):
     assert judges.read_score(reply) == score
     assert judges.read_verdict(reply) == verdict
+
+
+@pytest.mark.parametrize(
+    "reply, score, verdict",
+    [
+        ('{"score": 4}', 4, None),
+        ('{"score": "3.5/5"}', 3.5, None),
+        ('{"reason": "it gets 5 of 5: \\"Score: 5\\"", "Final Score": 2}', 2, None),
+        ('```json\n{\n  "rating": 4,\n  "scale": 5\n}\n```\nI hope that helps.', 4, None),
+        ('{"overall_score": 4, "criteria": [{"score": 1}, {"score": 2}]}', 4, None),
+        ('{"evaluation": {"score": 4}}', 4, None),
+        ('{"reason": "two\nlines", "score": 4}', 4, None),
+        ('{"score": 8}', None, None),
+        ('{"score": -1}', None, None),
+        ('{"score": "4 or 5"}', None, None),
+        ('{"score": null}', None, None),
+        ('{"score": true}', None, None),
+        ('{"winner": "A"}', None, 1),
+        ('{"winner": "model_b", "score_a": 1, "score_b": 4}', None, 0),
+        ('So: {"verdict": "B>A", "why": "shorter"}', None, 0),
+        ('{"better": "tie"}', None, 0.5),
+        ('{"choice": "Response A"}', None, 1),
+        ('{"winner": "both"}', None, None),
+        # objects that do not agree are no verdict, and a line is above them
+        ('{"score": 5} is the most. {"score": 3}', None, None),
+        ('{"score": 3}, so {"score": 3}', 3, None),
+        ('{"score": 5}\nScore: 3', 3, None),
+        ('{"winner": "A"} or {"winner": "B"}?\nBetter: B', None, 0),
+        # other objects, and what is none
+        ('{"reason": "fine"} [RESULT] 4', 4, None),
+        ("In {x} it is $\\boxed{4}$", 4, None),
+        ("{" * 5000, None, None),
+        ('{"a":' * 5000, None, None),
+        # behind a thought, or cut in it
+        ('<think>\n{"score": 1}\n</think>\n{"score": 4}', 4, None),
+        ('<think>\n{"score": 4, "winner": "A"}', None, None),
+    ],
+)
+def test_a_verdict_in_json_counts_where_no_line_says_one(reply, score, verdict):
+    assert judges.read_score(reply) == score
+    assert judges.read_verdict(reply) == verdict
+
+
+@pytest.mark.parametrize(
+    "expression, mode, reply, value",
+    [
+        (r"Rating: \[\[(\d+)\]\]", "score", "Rating: [[5]], no: Rating: [[8]]", 8),
+        (r"^Mark (?P<verdict>\S+)( of 10)?$", "score", "Mark **7.5** of 10\nSo be it.", 7.5),
+        (r"points: (.*)", "score", "points: −2", -2),
+        (r"points: (.*)", "score", "points: 2 or 3", None),
+        (r"points: (.*)", "score", "Score: 4", None),
+        (r"points:( \d)?", "score", "points: none", None),
+        (r"I prefer (\w+)", "pairwise", "I prefer A. No, I prefer b.", 0),
+        (r"I prefer (\w+)", "pairwise", "I prefer neither", None),
+        (r"<v>(.*)</v>", "pairwise", "<v>[[A]]</v>", None),
+        (r"<v>(.*)</v>", "pairwise", "<v>A>>B</v>", 1),
+        # behind a thought, or cut in it
+        (r"<answer>(.*)</answer>", "pairwise", "<think>B</think>\n<answer>A</answer>", 1),
+        (r"(\d)$", "score", "<think>5\n</think>\n4", 4),
+        (r"(\d)$", "score", "<think>\nthat makes 5", None),
+        (r"(\d)$", "score", "that makes 5</think>4", 4),
+    ],
+)
+def test_a_regular_expression_reads_verdicts_of_any_other_form(expression, mode, reply, value):
+    assert judges.reader_of(expression, mode)(reply) == value
+
+
+def test_a_template_of_ones_own_has_places_for_columns_and_a_verdict_of_any_form(tmp_path):
+    def grades(server, handler, text):
+        points = 10 * len(re.search(r"R: (.*)", text)[1])
+        handler.reply(choice(f"<think>Grade 99</think> Grade {points} of 100"))
+        return True
+
+    template = "Q: {prompt}\nR: {response}\nCheck:\n{rubric}\n{answer} \\boxed{n} {{1}} {Score}"
+    (tmp_path / "ask.txt").write_text(template)
+    rows = [
+        {"id": "x", "rubric": ["Is it {answer}?", "Is it short?"], "answer": "blue"},
+        {"id": "y", "rubric": "{response}", "answer": 4},
+    ]
+    lines = [json.dumps(row | {"prompt": "Hi", "responses": ["a", "aaa"]}) + "\n" for row in rows]
+    (tmp_path / "c.jsonl").write_text("".join(lines))
+    server = Judge(misbehave=grades)
+
+    expression = r"Grade (\d+) of"
+    done = rank(tmp_path, server.url, judge_prompt=tmp_path / "ask.txt", verdict=expression)
+
+    assert done.returncode == 0, done.stderr
+    assert pairs_of(tmp_path)["x"]["scores"] == [10, 30]
+    assert set(server.asked) == {
+        "Q: Hi\nR: a\nCheck:\n1. Is it {answer}?\n2. Is it short?\nblue \\boxed{n} {{1}} {Score}",
+        "Q: Hi\nR: aaa\nCheck:\n1. Is it {answer}?\n2. Is it short?\nblue \\boxed{n} {{1}} {Score}",
+        "Q: Hi\nR: a\nCheck:\n{response}\n4 \\boxed{n} {{1}} {Score}",
+        "Q: Hi\nR: aaa\nCheck:\n{response}\n4 \\boxed{n} {{1}} {Score}",
+    }
+
+
+def test_a_place_that_a_prompt_does_not_fill_is_refused_before_anything_is_asked(tmp_path):
+    (tmp_path / "ask.txt").write_text("{prompt} {response} {rubrik}")
+    candidates(tmp_path / "c.jsonl", {"x": ["a", "aa"]})
+    server = Judge()
+
+    done = rank(tmp_path, server.url, judge_prompt=tmp_path / "ask.txt")
+
+    assert done.returncode == 1
+    message = "prompt 'x': no 'rubrik', which {rubrik} in the judge_prompt stands for; its columns"
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert n_asked(server) == 0
 
 
 @pytest.fixture(scope="session")
