@@ -89,7 +89,7 @@ def from_rewards(rewards, temperature):
 
 
 def read_score(reply):
-    """The number on the last line "Score: N" of a reply, else in JSON or marked, or None.
+    """The number on the last line "Score: N" of a reply, in JSON behind it, else marked, or None.
 
     A sum counts as what it comes to. A range, a fraction, one of several numbers, a number below 0
     or above 5 or on another scale, and what stands in a thought are no score.
@@ -125,7 +125,7 @@ def read_score(reply):
 def read_verdict(reply):
     """The last line "Better: A", "B" or "tie" of a reply as 1, 0 or a half, or None.
 
-    Without such a line what stands in JSON or is marked counts.
+    JSON behind it counts in its place, and what is marked where there is neither.
     """
     _, answer = split_thought(reply)
     values, answer = cut_json(answer, VERDICT_KEYS)
@@ -136,12 +136,11 @@ def read_verdict(reply):
 
 
 def cut_json(answer, keys):
-    """What JSON objects in an answer have under these keys, as texts, and the answer without them.
+    """What JSON objects in an answer have under these keys, as texts, and the answer behind them.
 
-    Keys are in lower case with underscores. An object that has none of them stays in the answer.
+    Keys are in lower case with underscores. Where no object has one of them, that is all of it.
     """
     values = []
-    rest = []
     end = 0  # of the last object
     for match in re.finditer(r"\{", answer):
         begin = match.start()
@@ -154,10 +153,8 @@ def cut_json(answer, keys):
         names = [name for name in found if re.sub(r"\W+", "_", name.lower()) in keys]
         if names:
             values += [str(found[name]) for name in names]
-            rest.append(answer[end:begin])
             end = stop
-    rest.append(answer[end:])
-    return values, "".join(rest)
+    return values, answer[end:]
 
 
 def marked_texts(answer):
@@ -348,7 +345,9 @@ def fill_template(template, fields, row, shown):
     texts = [prompt_text(row["prompt"])]
     for i in shown:
         texts.append(row["texts"][i])
-    values = dict(zip(fields, texts))
+    values = {}
+    for field, text in zip(fields, texts):
+        values[field] = without_tags(text, template)
 
     for place in PLACE.finditer(template):
         if place[0] in fields:
@@ -364,6 +363,18 @@ def fill_template(template, fields, row, shown):
     # one pass over the template: a text that spells a field stays as it is
     any_field = "|".join(map(re.escape, values))
     return re.sub(any_field, lambda match: values[match[0]], template)
+
+
+def without_tags(text, template):
+    """A text that cannot close the tags around it: </response> becomes &lt;/response>.
+
+    This goes for the tags that the template has, however they are spaced.
+    """
+    names = set(re.findall(r"</(\w+)", template))
+    if not names:
+        return text
+    tag = rf"<(?=\s*/?\s*(?:{'|'.join(names)})\b)"
+    return re.sub(tag, "&lt;", text, flags=re.IGNORECASE)
 
 
 def column_text(value):
