@@ -44,6 +44,8 @@ def read_preferences(path):
         except UnusableRow as e:
             dropped.add(e.reason, e)
             continue
+
+        # the right ones first, which tells no ranker: it reads one response, or two in both orders
         row["id"] = own_id(row, ("id",)) or str(n)
         row["prompt"] = prompt
         row["responses"] = right + wrong
@@ -59,6 +61,7 @@ def read_preferences(path):
 
 def right_and_wrong(where, row):
     """(prompt, right responses, wrong responses) of a row; raises UnusableRow."""
+    # RewardBench 2's lists, or a pair of whatever layout
     sides = [row.get("chosen"), row.get("rejected")]
     if any(is_texts(side) for side in sides):
         prompt = with_system(row, prompt_messages(where, row))
@@ -74,6 +77,8 @@ def right_and_wrong(where, row):
         prompt, (chosen, rejected) = responses_of_pair(where, row)
         right = [chosen]
         wrong = [rejected]
+
+    # what is judged is the answer, as in rank.py
     right = [with_thought_apart(response) for response in right]
     wrong = [with_thought_apart(response) for response in wrong]
     return prompt, right, wrong
@@ -175,9 +180,11 @@ def agreement(rows, scores):
     scores: for each row a list (N,). RewardBench 2's leaderboard shows `subset_mean`, the mean over
     the subsets, in which Ties has a score of its own.
     """
+    # all rows together
     outcomes = [outcome(values, row["n_right"]) for row, values in zip(rows, scores)]
     measured = accuracy_by_length(rows, outcomes)
 
+    # and each subset, where there are some
     indices = {}  # subset -> its rows
     for k, row in enumerate(rows):
         if row.get("subset") is not None:
@@ -224,6 +231,7 @@ def ties_score(rows, scores):
     tied = np.array([gaps[f"tied:{number}"] for number in numbers])  # (Q,)
     spread = np.array([spreads[f"tied:{number}"] for number in numbers])  # (Q,)
 
+    # a right one has to win in both, and by more than the right ones lie apart
     least = np.minimum(ref, tied)
     with np.errstate(divide="ignore", invalid="ignore"):
         margin = np.nan_to_num(np.tanh(least / spread - 1))  # 0 / 0 counts as 0
