@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from nanoaipo.chat import control_pattern, load_tokenizer, render
 from nanoaipo.engines import context_length, load_engine
-from nanoaipo.errors import InputError
+from nanoaipo.errors import InputError, reason_of
 from nanoaipo.files import shard_path
 from nanoaipo.processes import WORLD_SIZE
 from nanoaipo.seeds import derive_seed
@@ -61,6 +61,8 @@ THOUGHT_FIELDS = ("reasoning_content", "reasoning")  # of a message, beside its 
 THOUGHT_PARTS = ("thinking", "reasoning")  # types of a content's parts
 SERVED_FIELDS = ("model", "system_fingerprint")  # of a completion: who answered
 
+RETRIES = 20  # of a request that fails in passing
+PASSING = (408, 409, 429)  # status of such a failure, beside 500 and above
 TRIES = 4  # of a question that is answered with nothing in it
 BLOCK = 512  # questions between two savings of a local model's replies
 
@@ -69,25 +71,28 @@ def endpoint(url, concurrency):
     """A way to answer questions: an OpenAI-compatible endpoint, the key from OPENAI_API_KEY.
 
     `concurrency` requests are under way at a time. The client repeats what fails in passing (no
-    connection, 429, 5xx, no answer for two minutes) up to 20 times, 8 seconds apart at most. A
-    parameter that a refusal names is left out from then on, and a line says so. A question
-    that the endpoint refuses to answer (400, 413, 422), or answers four times with nothing in it,
-    has an error for a reply; any other refusal raises InputError. Before it raises or returns it
-    waits for the requests under way and keeps their replies.
+    connection, 429, 5xx, no answer for two minutes) up to 20 times, 8 seconds apart at most, and
+    the first such failure is printed at once. A parameter that a refusal names is left out from
+    then on, and a line says so. A question that the endpoint refuses to answer (400, 413, 422), or
+    answers four times with nothing in it, has an error for a reply; any other refusal raises
+    InputError. Before it raises or returns it waits for the requests under way and keeps their
+    replies.
     """
-    from openai import OpenAI, OpenAIError
+    from openai import OpenAI, OpenAIError, Timeout
 
     if not re.match(r"https?://", url):  # the client would try again for minutes
         raise InputError(f"{url}: an endpoint's address begins with http:// or https://")
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # files end with a line break
     if not re.fullmatch(r"[!-~]+", key):
         raise InputError("OPENAI_API_KEY: has characters that no key has, such as a space in it")
-    client = OpenAI(base_url=url, api_key=key, max_retries=20, timeout=120)
+    timeout = Timeout(120, connect=10)
+    client = OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=timeout)
     unsupported = set()  # parameters that this model does not take; all threads add to it
+    first_failure = threading.Lock()  # taken, for good, by the thread that prints it
 
     def answer(questions, keep):
         def answer_one(n):
-            keep({n: request(client, url, questions[n], unsupported)})
+            keep({n: request(client, url, questions[n], unsupported, first_failure)})
 
         pool = concurrent.futures.ThreadPoolExecutor(concurrency)
         try:
@@ -106,7 +111,7 @@ def endpoint(url, concurrency):
     return answer
 
 
-def request(client, url, question, unsupported):
+def request(client, url, question, unsupported, first_failure):
     """Ask one question: {reply, finish, usage, ...} as read_completion has it, or an error.
 
     Adds to `unsupported` what the model does not take, and asks again without it. Raises what the
@@ -118,7 +123,7 @@ def request(client, url, question, unsupported):
     while True:
         parameters = parameters_of(question, unsupported)
         try:
-            response = client.chat.completions.with_raw_response.create(**parameters)
+            response = create(client, url, parameters, first_failure)
         except APIStatusError as e:
             # a parameter: the same question without it
             name = refused_parameter(e, parameters)
@@ -140,6 +145,31 @@ def request(client, url, question, unsupported):
         if empty == TRIES:
             excerpt = without_key(client, body)[:200]
             return {"reply": "", "error": f"no answer in it: {excerpt}"}
+
+
+def create(client, url, parameters, first_failure):
+    """The endpoint's response to a request, which the client repeats where it fails in passing.
+
+    The first failure of all is printed before it is repeated, and takes the lock first_failure.
+    """
+    from openai import APIConnectionError, APIStatusError
+
+    if not first_failure.locked():
+        try:
+            once = client.with_options(max_retries=0)
+            return once.chat.completions.with_raw_response.create(**parameters)
+        except (APIConnectionError, APIStatusError) as e:
+            status = getattr(e, "status_code", 500)  # without a connection there is none
+            if status not in PASSING and status < 500:
+                raise
+            reason = reason_of(without_key(client, str(e.__cause__ or e)))[:200]
+            if first_failure.acquire(blocking=False):
+                print(
+                    f"{url}: {reason}: asked again up to {RETRIES} times, 8 seconds apart at "
+                    "most, for two minutes or, if each try takes long, more; then this ends",
+                    flush=True,
+                )
+    return client.chat.completions.with_raw_response.create(**parameters)
 
 
 def parameters_of(question, unsupported):
