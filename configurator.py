@@ -18,7 +18,8 @@ import sys
 import time
 
 from nanoaipo.errors import InputError
-from nanoaipo.processes import check_rank
+from nanoaipo.locks import release_locks
+from nanoaipo.processes import check_rank, end_with_launcher
 from nanoaipo.stages import FREE
 
 # ---- settings of iterate.sh, which is shell and cannot declare its own ----
@@ -224,10 +225,13 @@ def configure(namespace):
 
 def run_script(main):
     """Call a script's main; an InputError ends the program with its one line and exit code 1."""
+    end_with_launcher()
     try:
         main()
     except InputError as e:
         sys.exit(str(e))
+    finally:
+        release_locks()
 
 
 # ---------------------------------------------------------------------------------- for iterate.sh
@@ -305,7 +309,8 @@ def check_started_with(run, changed, every):
 def main():
     """Check a run for iterate.sh, keep it as out/RUN/recipe.py, print the loop's settings as shell.
 
-    With --preflight print what the run needs, and do nothing else.
+    With --preflight print what the run needs, with --lock the file that locks its folder, and do
+    nothing else.
     """
     every = declared_by_all()
     arguments = sys.argv[1:]
@@ -318,10 +323,16 @@ def main():
         preflight(defaults | changed | {"out": run})
         return
 
-    # every stage of the run reads its settings from here
-    changed, run = resolve(arguments, every)
-    path = os.path.join(run, "recipe.py")
+    changed, run = resolve([a for a in arguments if a != "--lock"], every)
     os.makedirs(run, exist_ok=True)
+    if "--lock" in arguments:
+        lock = os.path.join(run, "lock")
+        open(lock, "a").close()  # a folder that takes no file is told here
+        print(lock)
+        return
+
+    # every stage of the run reads its settings from here
+    path = os.path.join(run, "recipe.py")
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         for key, value in changed.items():
             f.write(f"{key} = {value!r}\n")

@@ -17,6 +17,12 @@ if [[ " $* " == *" --preflight "* ]]; then # print what the run needs, and do no
   exec python "$here/configurator.py" "$@"
 fi
 
+# One run at a time in a folder: descriptor 9 holds its lock until this shell ends, however it ends.
+lock=$(python "$here/configurator.py" --lock "$@")
+exec 9<> "$lock"
+python -m nanoaipo.locks 9 "$lock" $$
+export ITERATE_PID=$$ # a stage that it started ends with it, too
+
 # The settings are checked, kept as $out/recipe.py, and become variables of this shell.
 settings=$(python "$here/configurator.py" "$@")
 eval "$settings"
@@ -28,7 +34,7 @@ stage() {
   echo "--- iteration $t: $1"
   local launcher=(python)
   if (($2 > 1)); then launcher=(torchrun --standalone --nproc-per-node="$2"); fi
-  "${launcher[@]}" "$here/$1.py" "$out/recipe.py" "${@:3}"
+  "${launcher[@]}" "$here/$1.py" "$out/recipe.py" "${@:3}" 9>&-
 }
 
 # in_turn "FILE ...": print the file that is this iteration's turn

@@ -21,11 +21,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 # Sends its folder, its arguments and where its output goes; ends with the status that comes back.
+# 9 is the lock of iterate.sh, open where that takes it.
 CLIENT = """
 import json, os, socket, sys
+files = [n for n in (1, 2, 9) if os.path.exists(f"/dev/fd/{n}")]
 with socket.socket(socket.AF_UNIX) as s:
     s.connect(sys.argv[1])
-    socket.send_fds(s, [json.dumps([os.getcwd(), sys.argv[2:]]).encode()], [1, 2])
+    socket.send_fds(s, [json.dumps([os.getcwd(), sys.argv[2:]]).encode()], files)
     sys.exit(int(s.recv(16) or 1))
 """
 
@@ -72,8 +74,8 @@ def import_everything():
 
 def answer(client):
     """Run a client's command in a fork, with the client's output, and send it the exit status."""
-    # the client's own stdout and stderr come along as open files
-    message, descriptors, *_ = socket.recv_fds(client, 2**16, 2)
+    # the client's own stdout and stderr come along as open files, and perhaps a lock
+    message, descriptors, *_ = socket.recv_fds(client, 2**16, 3)
     child = os.fork()
     if child == 0:
         folder, arguments = json.loads(message)
@@ -88,11 +90,11 @@ def answer(client):
 
 
 def run_in_fork(folder, arguments, descriptors):
-    """Run a script as the main program, with these for stdout and stderr; ends the process."""
+    """Run a script as the main program, with these for 1, 2 and perhaps 9; ends the process."""
     status = 1
     try:
-        os.dup2(descriptors[0], 1)
-        os.dup2(descriptors[1], 2)
+        for descriptor, number in zip(descriptors, (1, 2, 9)):
+            os.dup2(descriptor, number)
         os.chdir(folder)
         run_as_main(arguments)
         status = 0

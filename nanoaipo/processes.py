@@ -5,9 +5,11 @@ import ctypes
 import datetime
 import os
 import resource
+import signal
 import sys
 
 from nanoaipo.errors import InputError
+from nanoaipo.locks import release_locks
 
 DTYPES = ("bfloat16", "float32")
 
@@ -45,6 +47,17 @@ def print0(line):
     """Print a line from the first process only."""
     if RANK == 0:
         print(line, flush=True)
+
+
+def end_with_launcher():
+    """Ask Linux to end this process when torchrun or iterate.sh, which started it, is killed.
+
+    It would go on without them, and the same command, run again, would find its output locked.
+    """
+    is_stage = os.environ.get("ITERATE_PID") == str(os.getppid())
+    if sys.platform == "linux" and (is_stage or "TORCHELASTIC_RUN_ID" in os.environ):
+        pr_set_pdeathsig = 1  # of prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def keep_freed_memory():
@@ -144,6 +157,7 @@ def stop_processes():
     # mesh and FSDP still hold the group. So Python does not finalize. An error never comes here,
     # so it keeps its exit code.
     if on_cpu and WORLD_SIZE > 1:
+        release_locks()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

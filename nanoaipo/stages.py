@@ -11,10 +11,12 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 
 from nanoaipo.errors import InputError
 from nanoaipo.files import find_files, json_line, shard_path, write_json
+from nanoaipo.locks import hold_lock
 from nanoaipo.processes import RANK
 
 # Settings that may differ when a stage is run again: they change no more than the rounding of what
@@ -130,8 +132,9 @@ def open_stage(out, suffix, settings, *inputs):
     """The manifest of a stage about to write `out`, or None when `out` is complete.
 
     suffix: .jsonl or .json of a file, empty for a folder. inputs: names of the settings that hold
-    paths; their content counts, not the path. Raises InputError when an input is missing, or when
-    `out` is there and was made from other settings or inputs, or has no manifest.
+    paths; their content counts, not the path. This process locks `out` until it ends. Raises
+    InputError when an input is missing, when another process is writing `out`, or when `out` is
+    there and was made from other settings or inputs, or has no manifest.
     """
     check_out(out, suffix)
     check_inputs(settings, inputs)
@@ -139,7 +142,14 @@ def open_stage(out, suffix, settings, *inputs):
     manifest = describe_run(settings, inputs)
     if suffix:
         out = shard_path(out)
-    if is_complete(out, manifest):  # every process looks at its own shard
+
+    # every process looks at its own shard; a folder's other processes wait for its first one
+    is_done = is_complete(out, manifest)
+    if not is_done and (suffix or RANK == 0):
+        hold_lock(out + ".lock")
+        is_done = is_complete(out, manifest)  # its last holder may just have ended
+    if is_done:
+        remove_leftovers(out)
         print(f"{out}: complete, nothing to do", flush=True)
         return None
     checkpoints = glob.glob(glob.escape(out) + ".tmp/step_*[0-9]")
@@ -202,6 +212,14 @@ def is_complete(out, manifest):
         )
     check_same_run(out, manifest)
     return True
+
+
+def remove_leftovers(out):
+    """Remove what a kill just behind the end of a stage left: a lock, a folder's checkpoints."""
+    with contextlib.suppress(OSError):
+        os.remove(out + ".lock")
+    for folder in glob.glob(os.path.join(glob.escape(out), "step_*[0-9]")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_same_run(out, manifest):
