@@ -26,13 +26,12 @@ import numpy as np
 from configurator import configure, run_script
 from nanoaipo.chat import template_arguments
 from nanoaipo.errors import InputError
-from nanoaipo.files import write_json
 from nanoaipo.following import instructions_of, share_followed
 from nanoaipo.grading import is_right
 from nanoaipo.prompts import read_candidates
 from nanoaipo.responses import answer_length
 from nanoaipo.served import served_fields, served_scores, with_served
-from nanoaipo.stages import fingerprint, manifest_path, open_stage
+from nanoaipo.stages import fingerprint, manifest_path, open_stage, write_json_output
 from nanoaipo.stats import LENGTH_ALARM, interval, length_controlled_interval, variety
 
 # fmt: off
@@ -91,8 +90,7 @@ def evaluate_win_rate():
         "date": time.strftime("%Y-%m-%d"),
         **score_answers(prompts, ours, theirs, won),
     }
-    write_json(manifest_path(out), manifest)
-    write_json(out, scores)
+    write_json_output(out, manifest, scores)
 
     text = {key: format_score(value) for key, value in scores.items()}
     who = with_served(judge, scores.get("served_model"))
@@ -289,8 +287,7 @@ def evaluate_benchmark():
         reason = f"{type(e).__name__}: {e}"
         raise InputError(f"{judgments}: not judgments as {bench} has them ({reason})") from e
     scores = {"bench": bench, **scores}
-    write_json(manifest_path(out), manifest)
-    write_json(out, scores)
+    write_json_output(out, manifest, scores)
 
     for key, value in scores.items():
         print(f"{key:>18}  {format_score(value)}")

@@ -39,7 +39,7 @@ from nanoaipo.processes import (
     start_processes,
     stop_processes,
 )
-from nanoaipo.stages import manifest_path, open_stage, version
+from nanoaipo.stages import finish_folder, manifest_path, open_stage, version
 
 # ---------------------------------------------------------------------------- settings
 
@@ -547,6 +547,7 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
     save_policy(policy, output_dir, precision, tokenizer, eos_ids, RANK)
     if RANK == 0:
         metrics.close()
+        finish_folder(output_dir, manifest)
         os.replace(output_dir, final_dir)
         for folder in glob.glob(os.path.join(glob.escape(final_dir), "step_*")):
             shutil.rmtree(folder)

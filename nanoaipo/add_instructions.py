@@ -15,17 +15,15 @@ asks for more, and a coin decides between the two, so that a policy gains nothin
 """
 
 import collections
-import os
 import random
 import re
 
 from configurator import configure, run_script
 from nanoaipo.errors import InputError
-from nanoaipo.files import json_line, write_json
 from nanoaipo.messages import Dropped
 from nanoaipo.prompts import read_prompts
 from nanoaipo.seeds import derive_seed
-from nanoaipo.stages import manifest_path, open_stage
+from nanoaipo.stages import open_output, open_stage
 
 # fmt: off
 # ---- settings ----
@@ -219,7 +217,7 @@ def main():
         return
 
     dropped = Dropped()
-    lines = []
+    rows = []
     counts = collections.Counter(dict.fromkeys(allowed, 0))
     n_replaced = 0
     for row in read_prompts(prompts, prompt_field, dropped):
@@ -239,23 +237,23 @@ def main():
         last["content"] = last["content"].rstrip() + "\n\n" + " ".join(texts)
         n_replaced += row.get("answer") is not None
         row["answer"] = {"follow": [instruction for instruction, _ in drawn]}
-        lines.append(json_line(row))
+        rows.append(row)
         for instruction, _ in drawn:
             counts[next(iter(instruction))] += 1
 
-    if not lines:
+    if not rows:
         raise InputError(f"{prompts}: no prompt can take an instruction ({dropped.reasons()})")
-    write_json(manifest_path(out), manifest | {"counts": {"prompts": len(lines)} | counts})
-    with open(out + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(lines)
-    os.replace(out + ".tmp", out)
+    manifest["counts"] = {"prompts": len(rows)} | counts
+    with open_output(out, manifest) as write:
+        for row in rows:
+            write(row)
 
     if dropped.counts:
         print(f"{prompts}: {dropped}")
     if n_replaced:
         print(f"{n_replaced} prompts had an 'answer', which their instructions replace")
     numbers = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
-    print(f"{len(lines)} prompts, {counts.total()} instructions ({numbers}) -> {out}")
+    print(f"{len(rows)} prompts, {counts.total()} instructions ({numbers}) -> {out}")
 
 
 if __name__ == "__main__":

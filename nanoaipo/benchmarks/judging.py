@@ -1,9 +1,8 @@
 """Judgments of a benchmark, written by asking a judge."""
 
 from nanoaipo.errors import InputError
-from nanoaipo.files import write_json
 from nanoaipo.questions import ask
-from nanoaipo.stages import manifest_path, open_output
+from nanoaipo.stages import open_output, write_json_output
 
 
 def write_judgments(
@@ -36,8 +35,7 @@ def write_judgments(
 
     # the file appears last, so that one that is there is complete
     if benchmark.SUFFIX == ".json":
-        write_json(manifest_path(judgments), manifest)
-        write_json(judgments, rows)
+        write_json_output(judgments, manifest, rows)
     else:
         with open_output(judgments, manifest) as write:
             for row in rows:
