@@ -17,7 +17,7 @@ import shlex
 import sys
 import time
 
-from nanoaipo.errors import InputError
+from nanoaipo.errors import InputError, disk_fault
 from nanoaipo.locks import release_locks
 from nanoaipo.processes import check_rank, end_with_launcher
 from nanoaipo.stages import FREE
@@ -224,12 +224,20 @@ def configure(namespace):
 
 
 def run_script(main):
-    """Call a script's main; an InputError ends the program with its one line and exit code 1."""
+    """Call a script's main; an InputError ends the program with its one line and exit code 1.
+
+    So does a disk that is full or may not be written.
+    """
     end_with_launcher()
     try:
         main()
     except InputError as e:
         sys.exit(str(e))
+    except BaseException as e:  # torch's CheckpointException is no Exception
+        line = disk_fault(e, main.__globals__.get("out"))
+        if line is None:
+            raise
+        sys.exit(line)
     finally:
         release_locks()
 

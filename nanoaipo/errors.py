@@ -1,5 +1,18 @@
 """The errors that whoever runs this can mend."""
 
+import errno
+import os
+import re
+
+# what helps against a disk that does not take what is written
+FIXES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room in the quota",
+    errno.EROFS: "let it be written, or choose another --out",
+    errno.EACCES: "give this user the right to it, or choose another --out",
+    errno.EPERM: "give this user the right to it, or choose another --out",
+}
+
 
 class InputError(ValueError):
     """A wrong setting, file or model.
@@ -12,3 +25,33 @@ def reason_of(error):
     """The first line of an error's text, or the name of its class where it has none."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0]
+
+
+def disk_fault(error, out):
+    """The line for an error of a disk that is full or may not be written, or None for any other.
+
+    out: what was being written, for errors that do not name their file.
+    """
+    number = error_number(error)
+    if number not in FIXES:
+        return None
+    place = getattr(error, "filename", None) or out or "the disk"
+    return (
+        f"{place}: {os.strerror(number)}: {FIXES[number]} and run the same command again, "
+        "which goes on from what is whole"
+    )
+
+
+def error_number(error):
+    """The number that the system gives an error, or None: libraries have it in their text."""
+    if isinstance(error, OSError):
+        return error.errno
+    text = str(error)
+    quoted = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", text)  # safetensors; checkpoints
+    if quoted:
+        return int(quoted[1] or quoted[2])
+
+    # torch's writer of checkpoints tells that it could not write, not why
+    if "inline_container.cc" in text and "Reader" not in text:
+        return errno.ENOSPC
+    return None

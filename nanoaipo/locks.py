@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 
-from nanoaipo.errors import InputError
+from nanoaipo.errors import InputError, disk_fault
 
 held = {}  # path: open file, of the locks of this process
 
@@ -90,6 +90,8 @@ def main():
             lock_file(f, path, pid)
     except InputError as e:
         sys.exit(str(e))
+    except OSError as e:
+        sys.exit(disk_fault(e, path) or f"{path}: {e}")
 
 
 if __name__ == "__main__":
