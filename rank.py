@@ -32,14 +32,14 @@ from nanoaipo.agreement import (
 )
 from nanoaipo.chat import template_arguments
 from nanoaipo.errors import InputError
-from nanoaipo.files import shard_path, write_json
+from nanoaipo.files import shard_path
 from nanoaipo.messages import Dropped
 from nanoaipo.processes import RANK, WORLD_SIZE, print0
 from nanoaipo.prompts import read_candidates
 from nanoaipo.responses import answer_length
 from nanoaipo.seeds import derive_seed
 from nanoaipo.served import served_fields, served_scores, with_served
-from nanoaipo.stages import manifest_path, open_output, open_stage
+from nanoaipo.stages import open_output, open_stage, write_json_output
 from nanoaipo.thoughts import split_thought, with_thought
 
 # fmt: off
@@ -412,8 +412,7 @@ def judge_the_judge(settings, manifest):
     if measured["n"] == 0:
         raise InputError(f"--ranker={ranker}: not one readable verdict on {meta}")
 
-    write_json(manifest_path(out), manifest)
-    write_json(out, measured)
+    write_json_output(out, manifest, measured)
     print(f"accuracy of {with_served(judge, measured.get('served_model'))} on {meta}")
     print_agreement(measured)
     if meta_repeats:
