@@ -28,7 +28,6 @@ from nanoaipo.agreement import (
     agreement,
     print_agreement,
     read_preferences,
-    wilson_interval,
 )
 from nanoaipo.chat import template_arguments
 from nanoaipo.errors import InputError
@@ -40,6 +39,7 @@ from nanoaipo.responses import answer_length
 from nanoaipo.seeds import derive_seed
 from nanoaipo.served import served_fields, served_scores, with_served
 from nanoaipo.stages import open_output, open_stage, write_json_output
+from nanoaipo.stats import wilson_interval
 from nanoaipo.thoughts import split_thought, with_thought
 
 # fmt: off

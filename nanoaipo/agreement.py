@@ -21,6 +21,7 @@ from nanoaipo.files import read_records
 from nanoaipo.messages import Dropped, UnusableRow
 from nanoaipo.prompts import own_id, responses_of_pair, with_thought_apart
 from nanoaipo.rows import prompt_messages, with_system
+from nanoaipo.stats import wilson_interval
 
 TIED = 1e-6  # scores that are closer than this are equal
 
@@ -138,15 +139,6 @@ def longest_is_right(row):
     if longest_right == longest_wrong:
         return None
     return longest_right > longest_wrong
-
-
-def wilson_interval(share, n, z=1.96):
-    """Wilson's interval of a share among n votes, 95 % by default; n = 0 counts as one vote."""
-    n = max(n, 1)
-    center = share + z * z / 2 / n
-    reach = z * math.sqrt((share * (1 - share) + z * z / 4 / n) / n)
-    scale = 1 + z * z / n
-    return [(center - reach) / scale, (center + reach) / scale]
 
 
 def accuracy(outcomes):

@@ -1,6 +1,7 @@
 """Intervals, variety of answers, and the win rate at equal length."""
 
 import collections
+import math
 import re
 
 import numpy as np
@@ -29,6 +30,15 @@ def interval(values):
 
 
 # ---- variety ----
+
+
+def wilson_interval(share, n, z=Z_95):
+    """Wilson's interval of a share among n votes, 95 % by default; n = 0 counts as one vote."""
+    n = max(n, 1)
+    center = share + z * z / 2 / n
+    reach = z * math.sqrt((share * (1 - share) + z * z / 4 / n) / n)
+    scale = 1 + z * z / n
+    return [(center - reach) / scale, (center + reach) / scale]
 
 
 def distinct_2(words):
