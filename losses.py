@@ -73,6 +73,13 @@ def logodds(avg):
     return avg - torch.log(-torch.expm1(avg.clamp(max=-1e-6)))
 
 
+def power(x, alpha):
+    """(1 - u^-alpha) / alpha of u = e^x, which is x at alpha = 0; the clamp keeps it finite."""
+    if alpha == 0:
+        return x
+    return -torch.expm1((-alpha * x).clamp(max=80)) / alpha
+
+
 def exo(s, *, beta, eps):
     """Reverse KL from the labels (1 - eps, eps) to sigmoid(beta s) (2402.00856 Eq. 16)."""
     log_q = logsigmoid(beta * s)
@@ -81,7 +88,24 @@ def exo(s, *, beta, eps):
     return log_q.exp() * (log_q - log_1eps) + log_1q.exp() * (log_1q - log_eps)
 
 
-# The next two look at the whole micro-batch, so tokens_per_microbatch and the number of processes
+def chi_po(r_w, r_l, p, *, beta):
+    """DPO with r + e^r in place of r (2407.13399 Alg. 1, without its clip of the logit)."""
+    phi_w = r_w + r_w.clamp(max=20).exp()
+    phi_l = r_l + r_l.clamp(max=20).exp()
+    return bt(beta * (phi_w - phi_l), p)
+
+
+def discopop(s, *, beta, tau):
+    """Logistic loss for x < 0, exponential for x > 0 (2406.08414 Eq. 5).
+
+    With the paper's tau of 0.05 it rises around x = 0, so a policy leaves its reference backwards.
+    """
+    x = beta * s
+    exponential = (logsigmoid(x / tau) - x).clamp(max=80).exp()  # sig(x / tau) e^-x
+    return sig(-x / tau) * sp(-x) + exponential
+
+
+# The next four look at the whole micro-batch, so tokens_per_microbatch and the number of processes
 # enter their results.
 
 
@@ -97,6 +121,22 @@ def alpha_dpo_24(avg_w, avg_l, n, p, *, beta, gamma, alpha):
     centred = (n - n.mean()).detach()
     zscore = centred / (centred.square().mean().sqrt() + 1e-8)
     return bt(beta * (avg_w - avg_l) - gamma - beta * alpha * zscore, p)
+
+
+def amapo(avg_w, avg_l, p, *, beta):
+    """SimPO, a margin for the pairs below the mean of the batch (2511.09385, as in its code)."""
+    gap = avg_w - avg_l
+    mean = gap.mean()
+    below = (mean - gap).detach()
+    std = (below.square().sum() / max(len(gap) - 1, 1)).sqrt() + 1e-8
+    margin = (below / std * mean).detach().clamp(max=80).exp()
+    return bt(beta * (gap - margin.where(below > 0, 0)), p)
+
+
+def aot(s_theta, s_ref, p, *, beta):
+    """DPO of sorted margins: the policy's k-th smallest against the reference's (2406.05882)."""
+    rank = s_theta.argsort().argsort()
+    return bt(beta * (s_theta - s_ref.sort().values[rank]), p)
 
 
 # Loss per pair, (B,): name, formula, source. The arguments before the star are symbols, those
@@ -127,6 +167,14 @@ OBJECTIVES = dict(
     cal_dpo=lambda s, p, r_w, r_l, *, beta:
         bt(s, p) + ((r_w - 0.5 / beta) ** 2 + (r_l + 0.5 / beta) ** 2) / 2, # 2412.14516
     exo=exo,                                                                # 2402.00856 Eq. 16
+    # f-DPO, under other divergences: alpha = 0 is dpo, 1 forward KL, and TRL's alpha is 1 - alpha
+    f_dpo_alpha=lambda r_w, r_l, p, *, beta, alpha:
+        bt(beta * (power(r_w, alpha) - power(r_l, alpha)), p),              # 2309.16240
+    f_dpo_js=lambda r_w, r_l, p, *, beta:
+        bt(beta * (logsigmoid(r_w) - logsigmoid(r_l)), p),                  # 2309.16240
+    chi_po=chi_po,                                                          # 2407.13399 Alg. 1
+    discopop=discopop,                                                      # 2406.08414 Eq. 5
+    aot=aot,                                                                # 2406.05882
 
     # ---- squared or hinge; ipo is per token, and sppo_hard twice the official scale, as in TRL
     ipo=lambda n, *, tau: (n - 1 / (2 * tau)) ** 2,                         # 2310.12036 Eq. 17
@@ -156,6 +204,12 @@ OBJECTIVES = dict(
     # ---- without reference; gamma of simpo is the paper's gamma, not gamma / beta
     simpo=lambda avg_w, avg_l, p, *, beta, gamma:
         bt(beta * (avg_w - avg_l) - gamma, p),                              # 2405.14734 Eq. 6
+    # alpha bends the reward: 0 is simpo
+    alphapo=lambda avg_w, avg_l, p, *, beta, gamma, alpha:
+        bt(beta * (power(avg_w, alpha) - power(avg_l, alpha)) - gamma, p),  # 2501.03884
+    amapo=amapo,                                                            # 2511.09385
+    # no setting at all
+    simper=lambda avg_w, avg_l: avg_l.exp() - avg_w.exp(),                  # 2502.00883
     # ReLU-based; neither iREPO nor REBEL
     repo=lambda avg_w, avg_l, *, gamma: relu(gamma - (avg_w - avg_l)),      # 2503.07426
     cpo=lambda s_theta, p, nll, *, beta, lambda_:

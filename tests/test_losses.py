@@ -183,6 +183,8 @@ ROWS = (  # between them they visit both sides of every relu
     (-6.5, -15.3, -8.4, -12.1, 5.0, 12.0, -0.4, 0.6, 0.3, 0.1, 0.4),
     # far apart
     (-2.4, -20.8, -5.0, -19.9, 8.0, 13.0, 2.5, 0.9, 0.4, 2.0, -1.5),
+    # further apart than the second one, but not under the reference
+    (-7.0, -17.0, -9.5, -12.5, 6.0, 10.0, 0.8, 0.8, 0.1, 1.2, -0.6),
 )
 # fmt: on
 PAIRS = [dict(zip(COLUMNS, row)) for row in ROWS]
@@ -192,10 +194,10 @@ def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
-def by_hand(logp_w, logp_l, ref_w, ref_l, len_w, len_l, z, q_w, q_l, g_w, g_l, *, k_w, k_l, zscore):
+def by_hand(logp_w, logp_l, ref_w, ref_l, len_w, len_l, z, q_w, q_l, g_w, g_l, *, batch):
     """Every objective for one pair, from the papers, in plain floats.
 
-    k_w, k_l and zscore are the batch's, and constant.
+    batch: what batch_statistics() says of this pair, all constant.
     """
     beta, alpha, lambda_, gamma, eta, tau, delta, eps = SETTINGS.values()
     log = math.log
@@ -215,6 +217,15 @@ def by_hand(logp_w, logp_l, ref_w, ref_l, len_w, len_l, z, q_w, q_l, g_w, g_l, *
     odds_l = math.exp(avg_l) / (1 - math.exp(avg_l))
     n = r_w / len_w - r_l / len_l
     half = 1 / (2 * beta)
+    k_w = batch["k_w"]
+    k_l = batch["k_l"]
+
+    # f' of the divergence, or the bent reward, at a ratio or probability u
+    u_w = math.exp(r_w)
+    u_l = math.exp(r_l)
+    bent_w = (1 - math.exp(avg_w) ** -alpha) / alpha
+    bent_l = (1 - math.exp(avg_l) ** -alpha) / alpha
+    blend = sigmoid(reward / tau)
 
     # fmt: off
     return dict(
@@ -230,6 +241,11 @@ def by_hand(logp_w, logp_l, ref_w, ref_l, len_w, len_l, z, q_w, q_l, g_w, g_l, *
         dpo_norm=ce(beta * n),
         cal_dpo=ce(r_w - r_l) + ((r_w - half) ** 2 + (r_l + half) ** 2) / 2,
         exo=q * log(q / (1 - eps)) + (1 - q) * log((1 - q) / eps),
+        f_dpo_alpha=ce(beta * ((1 - u_w ** -alpha) / alpha - (1 - u_l ** -alpha) / alpha)),
+        f_dpo_js=ce(beta * (log(2 * u_w / (1 + u_w)) - log(2 * u_l / (1 + u_l)))),
+        chi_po=ce(beta * (u_w + log(u_w)) - beta * (u_l + log(u_l))),
+        discopop=(1 - blend) * -log(q) + blend * math.exp(-reward),
+        aot=ce(beta * (logp_w - logp_l - batch["ref_of_this_rank"])),
         ipo=(n - 1 / (2 * tau)) ** 2,
         hinge=max(0, 1 - reward),
         slic=max(0, delta - logp_w + logp_l) - lambda_ * logp_w,
@@ -245,15 +261,18 @@ def by_hand(logp_w, logp_l, ref_w, ref_l, len_w, len_l, z, q_w, q_l, g_w, g_l, *
         apo_down=1 + sigmoid(beta * r_w) - q,
         kto_pair=1 - (sigmoid(beta * (r_w - k_l)) + sigmoid(beta * (k_w - r_l))) / 2,
         simpo=ce(beta / len_w * logp_w - beta / len_l * logp_l - gamma),
+        alphapo=ce(beta * bent_w - beta * bent_l - gamma),
+        amapo=ce(beta * (avg_w - avg_l) - beta * batch["amapo_margin"]),
+        simper=math.exp(avg_l) - math.exp(avg_w),
         repo=max(0, gamma - avg_w + avg_l),
         cpo=ce(beta * (logp_w - logp_l)) - lambda_ * avg_w,
         orpo=-avg_w - lambda_ * log(sigmoid(log(odds_w / odds_l))),
-        alpha_dpo_24=ce(beta * (avg_w - avg_l) - (gamma + beta * alpha * zscore)))
+        alpha_dpo_24=ce(beta * (avg_w - avg_l) - (gamma + beta * alpha * batch["zscore"])))
     # fmt: on
 
 
 def batch_statistics():
-    """What kto_pair and alpha_dpo_24 see of all PAIRS: one dict per pair."""
+    """What the objectives that look at the batch see of all PAIRS: one dict per pair."""
     r_w = [p["logp_w"] - p["ref_w"] for p in PAIRS]
     r_l = [p["logp_l"] - p["ref_l"] for p in PAIRS]
     k_w = max(0, statistics.mean(r_w))
@@ -261,7 +280,22 @@ def batch_statistics():
 
     n = [w / p["len_w"] - l / p["len_l"] for p, w, l in zip(PAIRS, r_w, r_l)]
     zscores = [(x - statistics.mean(n)) / statistics.pstdev(n) for x in n]
-    return [dict(k_w=k_w, k_l=k_l, zscore=zscore) for zscore in zscores]
+
+    s_theta = [p["logp_w"] - p["logp_l"] for p in PAIRS]
+    s_ref = [p["ref_w"] - p["ref_l"] for p in PAIRS]
+    refs_of_this_rank = [sorted(s_ref)[sorted(s_theta).index(x)] for x in s_theta]
+    assert refs_of_this_rank != s_ref  # else aot would be dpo here
+
+    gaps = [p["logp_w"] / p["len_w"] - p["logp_l"] / p["len_l"] for p in PAIRS]
+    mean = statistics.mean(gaps)
+    margins_of_amapo = []
+    for gap in gaps:
+        margin = math.exp((mean - gap) / statistics.stdev(gaps) * mean)
+        margins_of_amapo.append(margin if gap < mean else 0)
+
+    keys = ("zscore", "ref_of_this_rank", "amapo_margin")
+    rows = zip(zscores, refs_of_this_rank, margins_of_amapo)
+    return [dict(zip(keys, row), k_w=k_w, k_l=k_l) for row in rows]
 
 
 def columns_of(pairs, dtype=torch.float64):
@@ -284,7 +318,7 @@ def loss_and_gradients(name, columns, **settings):
 
 
 def test_every_objective_has_its_formula_on_this_page():
-    assert list(by_hand(**PAIRS[0], **batch_statistics()[0])) == list(OBJECTIVES)
+    assert list(by_hand(**PAIRS[0], batch=batch_statistics()[0])) == list(OBJECTIVES)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -292,12 +326,12 @@ def test_value_and_gradients_equal_the_formula_in_plain_floats(name):
     losses, d_w, d_l = loss_and_gradients(name, columns_of(PAIRS))
 
     for k, (pair, batch) in enumerate(zip(PAIRS, batch_statistics())):
-        value = by_hand(**pair, **batch)[name]
+        value = by_hand(**pair, batch=batch)[name]
         assert losses[k].item() == pytest.approx(value, rel=1e-9, abs=1e-9)
 
         for key, grad in (("logp_w", d_w[k]), ("logp_l", d_l[k])):
-            up = by_hand(**pair | {key: pair[key] + 1e-4}, **batch)[name]
-            down = by_hand(**pair | {key: pair[key] - 1e-4}, **batch)[name]
+            up = by_hand(**pair | {key: pair[key] + 1e-4}, batch=batch)[name]
+            down = by_hand(**pair | {key: pair[key] - 1e-4}, batch=batch)[name]
             slope = (up - down) / 2e-4
             assert grad.item() == pytest.approx(slope, rel=1e-6, abs=1e-6), key
 
@@ -335,6 +369,23 @@ ENVELOPE = [
     ("sppo", dict(q_w=0.75, q_l=0.0), dict(beta=0.1), 15.625),
     # (0.5 - 2)^2
     ("irepo", dict(z=2.0, logp_w=-5.0), dict(beta=0.1), 2.25),
+    # u = 2: ln(1 + e^-(1 - 1/2))
+    ("f_dpo_alpha", dict(logp_w=-10 + math.log(2)), dict(beta=1, alpha=1), 0.4740769842),
+    # u = 3: log(2 * 3/4), so ln(1 + 2/3)
+    ("f_dpo_js", dict(logp_w=-10 + math.log(3)), dict(beta=1), 0.5108256238),
+    # (2 + ln 2) - (1 + 0) = 1 + ln 2: ln(1 + 1/(2e))
+    ("chi_po", dict(logp_w=-10 + math.log(2)), dict(beta=1), 0.1688476235),
+    # half of ln 2, half of e^0
+    ("discopop", {}, dict(beta=0.1, tau=0.05), 0.8465735903),
+    # one pair: as dpo
+    ("aot", dict(logp_w=-5.0, logp_l=-15.0), dict(beta=0.1), 0.3132616875),
+    # rewards (1 - 1/P) of P = 1/2 and 1/5: -1 + 4 - 1 = 2, ln(1 + e^-2)
+    ("alphapo", dict(logp_w=math.log(1 / 2), logp_l=math.log(1 / 5)) | ONE_TOKEN,
+     dict(beta=1, gamma=1, alpha=1), 0.1269280110),
+    # one pair is not below its mean: ln(1 + 1/e)
+    ("amapo", dict(logp_w=-5.0, logp_l=-15.0), dict(beta=1), 0.3132616875),
+    # 1/5 - 1/2
+    ("simper", dict(logp_w=math.log(1 / 2), logp_l=math.log(1 / 5)) | ONE_TOKEN, {}, -0.3),
     # ln 2 + ln 5/4
     ("orpo", dict(logp_w=math.log(1 / 2), logp_l=math.log(1 / 5)) | ONE_TOKEN, dict(lambda_=1),
      0.9162907319),
@@ -366,6 +417,12 @@ LIMITS = [
     ("dpo_norm", {}, "dpo", {}, ONE_TOKEN),
     ("robust", dict(eps=0), "dpo", {}, HARD),
     ("cpo", dict(lambda_=0), "dpo", {}, NO_REFERENCE),
+    ("f_dpo_alpha", dict(alpha=0), "dpo", {}, {}),
+    ("f_dpo_alpha", dict(alpha=1e-9), "dpo", {}, {}),
+    ("alphapo", dict(alpha=0), "simpo", {}, {}),
+    ("alphapo", dict(alpha=1, gamma=0), "f_dpo_alpha", dict(alpha=1), NO_REFERENCE | ONE_TOKEN),
+    ("aot", {}, "dpo", {}, dict(ref_w=-9.0, ref_l=-11.0)),
+    ("amapo", {}, "simpo", dict(gamma=0), dict(logp_w=-12.0, logp_l=-15.0, len_w=6.0, len_l=6.0)),
     ("alpha_dpo_24", dict(alpha=0), "simpo", {}, {}),
     ("ipo", dict(tau=0.4), "inpo", dict(eta=0.4), ONE_TOKEN),
     ("irepo", dict(beta=1), "inpo", dict(eta=0.25), dict(z=2.0)),
@@ -432,7 +489,21 @@ def swapped(pair):
     return other_side
 
 
-@pytest.mark.parametrize("name", ["dpo", "alpha_dpo", "rdpo", "dpo_norm", "irepo", "sppo", "rebel"])
+SYMMETRIC = [
+    "dpo",
+    "alpha_dpo",
+    "rdpo",
+    "dpo_norm",
+    "f_dpo_alpha",
+    "f_dpo_js",
+    "chi_po",
+    "irepo",
+    "sppo",
+    "rebel",
+]
+
+
+@pytest.mark.parametrize("name", SYMMETRIC)
 def test_swapping_chosen_with_rejected_and_the_sign_of_z_changes_nothing(name):
     loss, d_w, d_l = loss_and_gradients(name, columns_of([swapped(p) for p in PAIRS]))
 
@@ -470,6 +541,17 @@ def test_apo_down_lowers_the_chosen_response_too_once_it_has_left_the_reference(
     _, d_w, d_l = loss_and_gradients("apo_down", columns_of([EQUAL | dict(logp_l=-15.0)]))
 
     assert d_l.item() > d_w.item() > 0
+
+
+@pytest.mark.parametrize("tau, rises", [(0.05, True), (0.2, False)])
+def test_discopop_lowers_the_chosen_response_at_first_with_the_tau_of_its_paper(tau, rises):
+    _, d_w, d_l = loss_and_gradients("discopop", columns_of([EQUAL]), tau=tau)
+
+    # (1 - ln 2) / (4 tau) - 3/4, times beta
+    slope = 0.3 * ((1 - math.log(2)) / (4 * tau) - 3 / 4)
+    assert d_w.item() == pytest.approx(slope)
+    assert d_l.item() == pytest.approx(-slope)
+    assert (slope > 0) == rises
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -539,8 +621,18 @@ TRL = dict(
     bco=["bco_pair"],
     apo_zero=["apo_zero"],
     apo_down=["apo_down"],
+    f_dpo_alpha=["sigmoid"],
+    f_dpo_js=["sigmoid"],
+    discopop=["discopop"],
     simpo="simpo",
     cpo="sigmoid",
+    alphapo="alphapo",
+)
+TRL_SETTINGS = dict(
+    f_dpo_alpha=dict(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=1 - 0.3),
+    f_dpo_js=dict(f_divergence_type="js_divergence"),
+    discopop=dict(discopop_tau=0.2),
+    alphapo=dict(alpha=0.3),
 )
 TEXTS = [  # prompt, chosen, rejected
     ("a b c", "d e f", "g"),
@@ -598,6 +690,7 @@ def trl_trainer(name, policy, reference, tokenizer, output_dir):
         disable_tqdm=True,
         beta=0.2,
         loss_type=TRL[name],
+        **TRL_SETTINGS.get(name, {}),
     )
     if isinstance(TRL[name], list):
         weights = [1.0, 0.7][: len(TRL[name])]  # TRL's weight of sft is our lambda_
@@ -643,7 +736,8 @@ def test_loss_and_gradients_equal_those_of_a_trl_trainer(name, tmp_path, monkeyp
         )
         assert symbols["s"].abs().item() > 0.1
 
-        ours = pair_loss(name, symbols, beta=0.2, tau=0.2, eps=0.1, lambda_=0.7, gamma=0.6).sum()
+        settings = dict(beta=0.2, alpha=0.3, tau=0.2, eps=0.1, lambda_=0.7, gamma=0.6)
+        ours = pair_loss(name, symbols, **settings).sum()
         batch = trainer.data_collator([trainer.train_dataset[i]])
         theirs = trainer.compute_loss(trainer.model, batch)
 
