@@ -6,9 +6,9 @@
 Empty, unfinished and too long responses are left out. The others are ranked, equal texts once, and
 those whose score from a judge is not readable are left out too. The pair rule chooses among the
 distinct texts. A prompt gives no pair when fewer than two responses are left, when all of them are
-the same text, or when their scores tie; a pair is dropped when its scores are closer than min_gap
-or its chosen response holds a URL. The manifest counts each case. Candidates from elsewhere may be
-bare texts: {"prompt": ..., "responses": [...]}.
+the same text, or when their scores tie; a pair is dropped when its scores are closer than min_gap,
+its lengths further apart than max_length_gap, or its chosen response holds a URL. The manifest
+counts each case. Candidates from elsewhere may be bare texts: {"prompt": ..., "responses": [...]}.
 
     python rank.py config/aipo_nemo.py --meta=preferences.jsonl --out=agreement.json
 
@@ -53,10 +53,12 @@ ranker = "pairrm"                       # pairrm, llm-blender, reward, judge, an
 ranker_model = "llm-blender/PairRM"     # folder or hub name, "policy", or the annotators
 model = ""                              # the policy that wrote the candidates, if it is to judge
 rank_batch_tokens = 4096                # tokens computed at once (pairrm, reward); a GPU takes more
-pair_rule = "best_worst"                # best_worst, best_random, short_long or right_wrong
+pair_rule = "best_worst"                # or best_two_sigma, best_random, short_long, right_wrong
 max_pairs = 10                          # pairs per prompt at most (right_wrong; Iterative RPO: 10)
 tier = 0.2                              # share of the scores' range at top and bottom (short_long)
 min_gap = 0.0                           # smallest difference of scores in a pair
+max_length_gap = 0                      # largest difference of lengths in a pair; 0: any
+drop_hardest = 0.0                      # share of prompts dropped, those of the lowest mean score
 max_response_tokens = 2016              # longer ones are left out (AIPO: 2,016, of 2,048 generated)
 drop_unfinished = True                  # leave out responses that were cut at the engine's limit
 drop_url = True                         # no pair whose chosen response holds a URL (AIPO)
@@ -89,8 +91,8 @@ COUNTS = (
     "prompts", "pairs",
     "unfinished", "too_long", "empty",
     "fewer_than_two", "identical", "tied",
-    "unjudged",
-    "gap", "url",
+    "unjudged", "hardest",
+    "gap", "length_gap", "url",
 )
 # fmt: on
 URL = re.compile(r"https?://|www\.")
@@ -158,6 +160,18 @@ def best_worst(scores, lengths, rng, **_):
     return [(scores.index(max(scores)), scores.index(min(scores)))]
 
 
+def best_two_sigma(scores, lengths, rng, **_):
+    """The best against the one nearest to the mean less two standard deviations (2502.16825).
+
+    Of up to five responses that is the worst.
+    """
+    target = statistics.fmean(scores) - 2 * statistics.pstdev(scores)
+    best = scores.index(max(scores))
+    worse = [k for k, score in enumerate(scores) if score < scores[best]]
+    nearest = min(worse, key=lambda k: abs(scores[k] - target))
+    return [(best, nearest)]
+
+
 def best_random(scores, lengths, rng, **_):
     """The best against any that is worse (SPPO's and others' ablation)."""
     best = scores.index(max(scores))
@@ -193,6 +207,7 @@ def right_wrong(scores, lengths, rng, *, max_pairs, **_):
 
 PAIR_RULES = {
     "best_worst": best_worst,
+    "best_two_sigma": best_two_sigma,
     "best_random": best_random,
     "short_long": short_long,
     "right_wrong": right_wrong,
@@ -236,6 +251,22 @@ def why_no_pairs(n_responses, scores):
     return None
 
 
+def hardest_prompts(competitors, labels, share):
+    """Indices of this share of the prompts: those of the lowest mean score (2510.05534).
+
+    A prompt without a score is none of them, nor of those that the share is taken of.
+    """
+    by_mean = []
+    for k, ((_, responses), (rewards, odds)) in enumerate(zip(competitors, labels)):
+        scores, _ = score_responses(responses, rewards, odds)
+        mean = scores.nanmean().item()
+        if not math.isnan(mean):
+            by_mean.append((mean, k))
+    by_mean.sort()
+    n_hardest = round(share * len(by_mean))
+    return {k for _, k in by_mean[:n_hardest]}
+
+
 def pair_record(row, chosen, rejected, has_ids):
     """The fields of the prompt and of two of its responses: ids of all three, or of none.
 
@@ -264,7 +295,18 @@ def pair_record(row, chosen, rejected, has_ids):
 
 
 def pairs_of(
-    row, responses, rewards, odds, counts, *, pair_rule, min_gap, drop_url, seed, **settings
+    row,
+    responses,
+    rewards,
+    odds,
+    counts,
+    *,
+    pair_rule,
+    min_gap,
+    drop_url,
+    seed,
+    max_length_gap=0,
+    **settings,
 ):
     """Yield the pairs of one prompt by the rule; count why it gives none, or why a pair is dropped.
 
@@ -305,6 +347,8 @@ def pairs_of(
         l = distinct[rejected]
         if scores[w] - scores[l] < min_gap:
             counts["gap"] += 1
+        elif max_length_gap and abs(lengths[chosen] - lengths[rejected]) > max_length_gap:
+            counts["length_gap"] += 1
         elif drop_url and URL.search(responses[w]["text"]):
             counts["url"] += 1
         else:
@@ -430,9 +474,24 @@ def check_settings():
     template_arguments(template_kwargs, date)
     if not 0 <= tier < 0.5:
         raise InputError(f"--tier={tier}: from 0 to below 0.5, or top and bottom overlap")
+    if not 0 <= drop_hardest < 1:
+        raise InputError(f"--drop_hardest={drop_hardest}: a share, from 0 to below 1")
+    compares_prompts = ranker in ("reward", "answer")
+    if ranker == "judge" and judge_mode == "score":
+        compares_prompts = True
+    if drop_hardest and not compares_prompts:
+        raise InputError(
+            f"--drop_hardest={drop_hardest}: the scores of --ranker={ranker} compare the responses "
+            "of one prompt; take reward, answer, or a judge that gives points"
+        )
+    if drop_hardest and WORLD_SIZE > 1:
+        raise InputError(
+            f"--drop_hardest={drop_hardest}: each process sees only its prompts; rank in one"
+        )
     at_least = {
         "max_pairs": 1,
         "meta_repeats": 0,
+        "max_length_gap": 0,
         "judge_votes": 1,
         "judge_concurrency": 1,
         "annotator_votes": 0,
@@ -502,11 +561,17 @@ def main():
     rows = []
     for row, responses in competitors:
         rows.append(row | {"texts": list(first_of_each_text(responses))})
-    labels = rank(rows)
+    labels = list(rank(rows))
 
     # what the rule makes of them
+    hardest = set()
+    if drop_hardest:
+        hardest = hardest_prompts(competitors, labels, drop_hardest)
     pairs = []
-    for (row, responses), (rewards, odds) in zip(competitors, labels):
+    for k, ((row, responses), (rewards, odds)) in enumerate(zip(competitors, labels)):
+        if k in hardest:
+            counts["hardest"] += 1
+            continue
         pairs += pairs_of(row, responses, rewards, odds, counts, **settings)
     counts["pairs"] = len(pairs)
     counts_text = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)

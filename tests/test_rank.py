@@ -595,7 +595,9 @@ def test_every_case_of_candidates_has_a_documented_outcome_and_two_processes_wri
         "identical": 1,
         "tied": 0,
         "unjudged": 0,
+        "hardest": 0,
         "gap": 0,
+        "length_gap": 0,
         "url": 0,
     }
     of_rank = {k: v for k, v in manifest["counts"].items() if k in expected_counts}
@@ -700,6 +702,127 @@ def test_a_chosen_response_with_a_url_gives_no_pair_and_no_pair_at_all_is_an_err
 )
 def test_what_keeps_a_response_from_competing(response, drop_unfinished, reason):
     assert rank.why_left_out(response, drop_unfinished, max_response_tokens=3) == reason
+
+
+# -------------------------------------------------------------------------------- which pairs
+
+
+def test_two_sigma_rejects_the_response_nearest_to_that_score_and_not_the_worst():
+    # mean 0, standard deviation sqrt(130 / 20) = 2.55: -4 is nearer to -5.1 than -10
+    scores = [0.0] * 4 + [1.0] * 14 + [-4.0, -10.0]
+
+    assert rank.best_two_sigma(scores, [1] * 20, None) == [(4, 18)]
+    assert rank.best_worst(scores, [1] * 20, None) == [(4, 19)]
+
+
+def test_two_sigma_of_up_to_five_responses_is_best_against_worst():
+    rng = random.Random(0)
+    for n_responses in (2, 3, 4, 5):
+        for _ in range(200):
+            scores = [rng.gauss(0, 1) ** 3 for _ in range(n_responses)]
+            lengths = [1] * n_responses
+            expected = rank.best_worst(scores, lengths, None)
+            assert rank.best_two_sigma(scores, lengths, None) == expected
+
+
+def test_two_sigma_never_rejects_an_equal_of_the_best():
+    # mean -0.01, standard deviation 0.0995: 0 is nearer to -0.21 than -1
+    scores = [0.0] * 99 + [-1.0]
+
+    assert rank.best_two_sigma(scores, [1] * 100, None) == [(0, 99)]
+
+
+@pytest.mark.parametrize("max_length_gap, n_pairs", [(0, 1), (2, 0), (3, 1), (4, 1)])
+@pytest.mark.parametrize("best", ["a b c d", "e"])  # the longer one wins, the shorter one
+def test_a_pair_whose_lengths_differ_by_more_than_the_cap_is_dropped_and_counted(
+    best, max_length_gap, n_pairs
+):
+    responses = [response("a b c d"), response("e")]
+    rewards, odds = judges.from_rewards([float(r["text"] == best) for r in responses], 1.0)
+    counts = collections.Counter()
+    settings = rank.config | {"max_length_gap": max_length_gap}
+    row = {"id": "p", "prompt_ids": [1]}
+
+    made = list(rank.pairs_of(row, responses, rewards, odds, counts, **settings))
+
+    assert len(made) == n_pairs
+    assert counts["length_gap"] == 1 - n_pairs
+
+
+def prompts_of_known_difficulty():
+    """Five prompts whose answer is 4: the mean scores are 1/2, 1/3, 1/4, 2/3, and none."""
+    texts = {
+        "half": ["4", "5"],
+        "third": ["4", "5", "6"],
+        "quarter": ["5", "4", "5", "5"],  # equal texts count as often as they were sampled
+        "two_thirds": ["4", "5", "4"],
+        "none": [],
+    }
+    rows = []
+    for name, responses in texts.items():
+        rows.append({"id": name, "prompt": "2 + 2", "answer": "4", "responses": responses})
+    return rows
+
+
+@pytest.mark.parametrize(
+    "share, kept",
+    [
+        (0.0, ["half", "third", "quarter", "two_thirds"]),
+        (0.1, ["half", "third", "quarter", "two_thirds"]),
+        (0.25, ["half", "third", "two_thirds"]),
+        (0.5, ["half", "two_thirds"]),
+        (0.75, ["two_thirds"]),
+    ],
+)
+def test_the_prompts_of_the_lowest_mean_score_give_no_pair_and_are_counted(share, kept, tmp_path):
+    path = write_rows(tmp_path / "c.jsonl", *prompts_of_known_difficulty())
+    out = tmp_path / "p.jsonl"
+
+    done = run(
+        "rank.py",
+        "--ranker=answer",
+        f"--candidates={path}",
+        f"--drop_hardest={share}",
+        f"--out={out}",
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert [pair["id"] for pair in read_list(out)] == kept
+    counts = read_manifest(tmp_path / "p.manifest.json")["counts"]
+    assert counts["hardest"] == 4 - len(kept)
+    assert counts["fewer_than_two"] == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--ranker=pairrm", "--drop_hardest=0.3"], "--drop_hardest=0.3: the scores of --ranker="),
+        (
+            ["--ranker=judge", "--judge_mode=pairwise", "--drop_hardest=0.3"],
+            "--drop_hardest=0.3: the scores of --ranker=judge",
+        ),
+        (["--ranker=answer", "--drop_hardest=1.0"], "--drop_hardest=1.0: a share, from 0 to below"),
+        (["--ranker=answer", "--max_length_gap=-1"], "--max_length_gap=-1: at least 0"),
+    ],
+)
+def test_wrong_settings_of_what_is_dropped_are_refused(arguments, message, tmp_path):
+    path = write_rows(tmp_path / "c.jsonl", *prompts_of_known_difficulty())
+
+    done = run("rank.py", f"--candidates={path}", f"--out={tmp_path}/p.jsonl", *arguments)
+
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_several_processes_are_told_that_none_of_them_knows_the_hardest_prompts(tmp_path):
+    path = write_rows(tmp_path / "c.jsonl", *prompts_of_known_difficulty())
+    arguments = ["--ranker=answer", "--drop_hardest=0.5", f"--candidates={path}"]
+
+    done = torchrun(2, "rank.py", *arguments, f"--out={tmp_path}/p.jsonl")
+
+    assert done.returncode != 0
+    assert "each process sees only its prompts; rank in one" in done.stderr
 
 
 # ---------------------------------------------------------------------------------------- thoughts
