@@ -21,7 +21,8 @@ from nanoaipo.locks import hold_lock
 from nanoaipo.processes import RANK
 
 # Settings that may differ when a stage is run again: they change no more than the rounding of what
-# it computes. (But the losses kto_pair and alpha_dpo_24 depend on tokens_per_microbatch.)
+# it computes. (But the losses kto_pair, alpha_dpo_24, amapo and aot depend on
+# tokens_per_microbatch.)
 FREE = {
     "iterations",
     "gpu_memory",
