@@ -77,7 +77,7 @@ date = ""                       # day that it is told, YYYY-MM-DD; empty: today'
 max_length = 2560               # tokens of prompt + response; longer pairs are dropped, never cut
 tokens_per_microbatch = 8192    # tokens one process computes at once; does not change batch_size
 dtype = "bfloat16"              # of computation and saved weights; master weights are float32
-recompute = True                # compute activations again in backward: slower, far less memory
+recompute = 1                   # of so many layers one computes activations again; 0: none does
 gather_chunk = 1024             # response tokens whose logits exist at once; kept if these are all
 compile = False                 # torch.compile each layer: minutes at the start, then faster
 shard_size = 0                  # processes that share one copy of the weights; 0: all
@@ -112,8 +112,9 @@ def check_settings():
     ):
         if config[key] <= 0:
             raise InputError(f"--{key}={config[key]}: has to be above 0")
-    if sampler_tolerance < 0:
-        raise InputError(f"--sampler_tolerance={sampler_tolerance}: at least 0, which is off")
+    for key in ("recompute", "sampler_tolerance"):
+        if config[key] < 0:
+            raise InputError(f"--{key}={config[key]}: at least 0, which is off")
     if not re.fullmatch(r"0?\.\d+,0?\.\d+", betas):
         raise InputError(f"--betas={betas}: has to be two numbers below 1, such as 0.9,0.999")
     if shard_size and WORLD_SIZE % shard_size:

@@ -57,7 +57,7 @@ def load(folder):
         mesh,
         torch.bfloat16,
         chunk=1024,
-        recompute=True,
+        recompute=1,
         compile=False,
         lora_rank=0,
         lora_alpha=1.0,

@@ -36,7 +36,7 @@ def train(folder, processes=1, threads=1, **settings):
         "out": out,
         "loss": "dpo",
         "dtype": "float32",
-        "recompute": False,
+        "recompute": 0,
         "checkpoint_every": 0,
         "gather_chunk": 256,
         **settings,

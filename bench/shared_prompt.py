@@ -85,7 +85,7 @@ def random_policy(shape, device, dtype):
             dist.init_device_mesh(device, (1,)),
             dtype,
             chunk=256,
-            recompute=False,
+            recompute=0,
             compile=False,
             lora_rank=0,
             lora_alpha=1.0,

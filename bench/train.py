@@ -183,7 +183,7 @@ def ours(folder, device, batch_size, options):
         batch_size=batch_size,
         shuffle=False,
         checkpoint_every=0,
-        recompute=False,
+        recompute=0,
     )
     script = os.path.join(HERE, "..", "train.py")
     command = [script, *(f"--{key}={value}" for key, value in (settings | options).items())]

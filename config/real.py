@@ -35,5 +35,5 @@ lr = 5e-5                               # for 135M parameters and some 35 steps 
 batch_size = 8                          # pairs
 max_length = 512                        # prompt and response
 tokens_per_microbatch = 2048            # two cores
-recompute = False                       # memory is no concern at 135M parameters
+recompute = 0                           # memory is no concern at 135M parameters
 checkpoint_every = 0                    # an iteration's training takes minutes

@@ -32,4 +32,4 @@ lambda_ = 0.2                           # in the paper's range
 lr = 4e-4                               # for 0.8M parameters
 batch_size = 32                         # at 16 one run collapsed
 betas = "0.9,0.99"                      # for 16 steps an iteration
-recompute = False                       # memory is no concern at 0.8M parameters
+recompute = 0                           # memory is no concern at 0.8M parameters

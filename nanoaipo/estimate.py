@@ -156,11 +156,12 @@ def train_memory(m, s, tokens, responses, on_cpu):
     if on_cpu and b < 4:
         gathered += 4 * m.head  # a CPU multiplies in float32
 
-    # Activations of all layers, or the input of each and one computed again; and gradients on their
-    # way through one layer
+    # Activations of all layers, or of those that keep them, the input of each other one and that
+    # layer computed again; and gradients on their way through one layer
     per_token = m.activation_bytes
     if s.recompute:
-        per_token = m.activation_bytes / m.layers + b * m.hidden * m.layers
+        again = m.layers / s.recompute  # layers
+        per_token = (m.layers - again + 1) * m.activation_bytes / m.layers + b * m.hidden * again
     activations = tokens * (per_token + 3 * b * m.widest)
 
     # Logits of a chunk (two more in float32 for a soft-cap), hidden states and their gradients
@@ -272,7 +273,7 @@ def training_seconds(m, s, machine, training):
     # the frozen weights, recomputation a second forward pass
     per_parameter = 4 if s.lora_rank else 6
     if s.recompute:
-        per_parameter += 2
+        per_parameter += 2 / s.recompute
     devices = 1 if machine.on_cpu else s.processes
     return per_parameter * m.parameters * training.tokens / (machine.matmul_rate * devices)
 

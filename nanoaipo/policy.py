@@ -118,7 +118,7 @@ def build_policy(
         lm = add_adapters(lm, lora_rank, lora_alpha, dtype)
     make_deterministic(lm)
     if recompute:
-        recompute_layers(lm, name)
+        recompute_layers(lm, name, recompute)
     width = attention_width(config, calls)
     policy = Policy(lm, kernel, reason, width, chunk, squares, factor, softcap)
     return shard(policy, mesh, dtype, compile)
@@ -233,14 +233,19 @@ def make_deterministic(lm):
         layer.training = True
 
 
-def recompute_layers(lm, name):
-    """Let each layer compute its activations again in backward; raises InputError if it cannot."""
+def recompute_layers(lm, name, every):
+    """Let one of so many layers compute its activations again in backward (every=1: all layers).
+
+    Raises InputError for a model that cannot.
+    """
     if not lm.supports_gradient_checkpointing:
         raise InputError(
             f"--model={name}: {lm.__class__.__name__} cannot compute its activations again: "
-            "add --recompute=False"
+            "add --recompute=0"
         )
     lm.gradient_checkpointing_enable({"use_reentrant": False})
+    for number, layer in enumerate(layouts.decoder_layers(lm)):
+        layer.gradient_checkpointing = number % every == 0
 
 
 def add_adapters(lm, rank, alpha, dtype):

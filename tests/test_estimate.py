@@ -128,8 +128,12 @@ def test_what_a_token_keeps_for_backward_is_what_the_packed_row_keeps(
 
 @pytest.mark.parametrize(
     "given",
-    [{"recompute": False, "dtype": "float32"}, {"recompute": True, "dtype": "bfloat16"}],
-    ids=["float32", "bfloat16"],
+    [
+        {"recompute": 0, "dtype": "float32"},
+        {"recompute": 2, "dtype": "float32"},
+        {"recompute": 1, "dtype": "bfloat16"},
+    ],
+    ids=["float32", "half", "bfloat16"],
 )
 def test_training_takes_the_memory_it_says(given, tmp_path):
     name = build_model(

@@ -206,7 +206,7 @@ def save_family(folder, architecture, config):
     lm.save_pretrained(folder)
 
 
-def build(folder, mesh, recompute=False):
+def build(folder, mesh, recompute=0):
     """The policy as train.py builds it, in float32."""
     policy = build_policy(
         str(folder),
@@ -278,7 +278,7 @@ def test_gradients_of_padded_rows_equal_those_of_plain_transformers(family, mesh
     architecture, config = PADDED[family]
     save_family(tmp_path / "model", architecture, config)
     pairs = random_pairs(3)
-    policy = build(tmp_path / "model", mesh, recompute=True)
+    policy = build(tmp_path / "model", mesh, recompute=1)
     lm = plain(tmp_path / "model")
     row, lengths, _ = pack(pairs, policy.kernel)
 
@@ -370,7 +370,7 @@ def test_of_a_model_that_also_sees_the_text_part_is_built(mesh, tmp_path):
         mesh,
         torch.float32,
         chunk=16,
-        recompute=False,
+        recompute=0,
         compile=False,
         lora_rank=0,
         lora_alpha=16.0,

@@ -46,7 +46,7 @@ def build(model, mesh, **settings):
     """The policy as train.py builds it, in float32; without recomputation unless set otherwise."""
     defaults = {
         "chunk": 16,
-        "recompute": False,
+        "recompute": 0,
         "compile": False,
         "lora_rank": 0,
         "lora_alpha": 16.0,
@@ -119,7 +119,7 @@ def test_packed_log_probs_equal_each_sequence_alone_in_plain_transformers(
 
 
 @pytest.mark.parametrize(
-    "architecture, recompute", [("Llama", False), ("Llama", True), ("Gemma2", False)]
+    "architecture, recompute", [("Llama", 0), ("Llama", 1), ("Llama", 2), ("Gemma2", 0)]
 )
 def test_packed_gradients_equal_those_of_plain_transformers(
     architecture, recompute, mesh, tmp_path
@@ -144,6 +144,24 @@ def test_packed_gradients_equal_those_of_plain_transformers(
         norm = parameter.grad.norm()
         assert norm > 0, name
         assert (gradient - parameter.grad).norm() < 1e-4 * norm, name
+
+
+@pytest.mark.parametrize("every, passes", [(0, [1, 1, 1]), (1, [2, 2, 2]), (2, [2, 1, 2])])
+def test_every_so_many_layers_are_computed_again(every, passes, mesh, tmp_path):
+    model = build_model(tmp_path / "model", num_hidden_layers=3)
+    policy = build(model, mesh, recompute=every)
+    counted = [0, 0, 0]
+    for number, layer in enumerate(policy.lm.model.layers):
+
+        def count(*_, number=number):
+            counted[number] += 1
+
+        layer.self_attn.register_forward_pre_hook(count)
+    row, _, _ = pack(random_pairs(2), "packed_sdpa")
+
+    policy(**row).sum().backward()
+
+    assert counted == passes
 
 
 # ---- refusals ----
@@ -209,7 +227,7 @@ def test_of_experts_only_those_count_that_a_token_goes_through(mesh, tmp_path):
         mesh,
         torch.float32,
         chunk=16,
-        recompute=False,
+        recompute=0,
         compile=False,
         lora_rank=0,
         lora_alpha=16.0,

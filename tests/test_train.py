@@ -24,7 +24,7 @@ from nanoaipo.packing import pack
 from nanoaipo.pairs import read_pairs
 from nanoaipo.transformers_engine import TransformersEngine
 
-FLOAT32 = {"dtype": "float32", "recompute": False, "shuffle": False}
+FLOAT32 = {"dtype": "float32", "recompute": 0, "shuffle": False}
 DPO = {"loss": "dpo", **FLOAT32}
 
 

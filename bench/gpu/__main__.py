@@ -48,6 +48,7 @@ CHECKS = {                              # in this order; seconds that each takes
     "speed.train_kept":                 60,
     "speed.gather":                     5,
     "speed.generate":                   12,
+    "speed.recompute":                  30,
     "speed.micro_batch":                95,
 }
 # fmt: on

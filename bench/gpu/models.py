@@ -71,7 +71,7 @@ def mesh():
     return start_processes(DEVICE)
 
 
-def build(folder, dtype, chunk=256, recompute=False, compile=False, lora_rank=0):
+def build(folder, dtype, chunk=256, recompute=0, compile=False, lora_rank=0):
     """The policy as train.py builds it."""
     policy = build_policy(
         folder,

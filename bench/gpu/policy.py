@@ -43,7 +43,7 @@ def float32(report):
     pairs = random_pairs(6)
     for name, (architecture, config) in architectures.items():
         folder = random_model(architecture, **config)
-        logp, gradients, kernel = of_policy(folder, pairs, torch.float32, recompute=True)
+        logp, gradients, kernel = of_policy(folder, pairs, torch.float32, recompute=1)
         exact_logp, exact_gradients = of_transformers(folder, pairs, torch.float32)
         report.below(f"{name} ({kernel}) log-probs", apart(logp, exact_logp), 1e-5)
         report.below(f"{name} gradients", apart(gradients, exact_gradients), 1e-4)
@@ -54,9 +54,9 @@ def bfloat16(report):
     pairs = random_pairs(6)
     for number, (architecture, config) in enumerate(PACKED.items()):
         folder = random_model(architecture, **config)
-        settings = {"recompute": False, "chunk": 64}
+        settings = {"recompute": 0, "chunk": 64}
         if number % 2 == 0:
-            settings = {"recompute": True, "chunk": 4096}  # above all tokens: logits are kept
+            settings = {"recompute": 1, "chunk": 4096}  # above all tokens: logits are kept
         logp, gradients, kernel = of_policy(folder, pairs, torch.bfloat16, **settings)
         exact_logp, exact_gradients = of_transformers(folder, pairs, torch.float32)
         plain_logp, plain_gradients = of_transformers(folder, pairs, torch.bfloat16)
@@ -103,7 +103,7 @@ def in_one_vector(gradients):
 
 def without_pairs(report):
     """A process without pairs still computes one token, for the sake of the collectives."""
-    policy = build(random_model(), torch.bfloat16, recompute=True)
+    policy = build(random_model(), torch.bfloat16, recompute=1)
     row, _, _ = pack([], policy.kernel)
     logp = policy(**row)
     logp.sum().backward()

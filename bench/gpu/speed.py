@@ -93,7 +93,7 @@ def train_compiled(report):
 
 def train_kept(report):
     """As fast as one GPU goes: nothing computed twice, twice the tokens at once."""
-    settings = dict(recompute=False, gather_chunk=2 * TOKENS, tokens_per_microbatch=2 * TOKENS)
+    settings = dict(recompute=0, gather_chunk=2 * TOKENS, tokens_per_microbatch=2 * TOKENS)
     run = four_steps(compile=ON_GPU, **settings)
     text = " ".join(f"--{key}={value}" for key, value in settings.items())
     measure_run(report, f"train.py --compile={ON_GPU} {text}", run)
@@ -135,18 +135,28 @@ def measure_run(report, name, run):
 
 def micro_batch(report):
     """Forward and backward of micro-batches through layers as wide as in models of 7B weights."""
+    ways = {
+        "train.py's defaults": dict(recompute=1, chunk=1024, compile=False),
+        "compiled": dict(recompute=1, chunk=1024, compile=ON_GPU),
+        "compiled, nothing twice": dict(recompute=0, chunk=4 * TOKENS, compile=ON_GPU),
+    }
+    measure_micro_batches(report, ways, (TOKENS, 2 * TOKENS))
+
+
+def recompute(report):
+    """The same, not compiled, by how many layers compute their activations again."""
+    ways = {f"--recompute={every}": dict(recompute=every, chunk=1024) for every in (1, 2, 0)}
+    measure_micro_batches(report, ways, (TOKENS,))
+
+
+def measure_micro_batches(report, ways, limits):
+    """Note time and memory of a micro-batch for ways to build the policy and numbers of tokens."""
     folder = wide()
     tokenizer, eos_ids = load_tokenizer(f"{folder}/model")
     records, _ = read_pairs(f"{folder}/pairs.jsonl", tokenizer, eos_ids, max_length=4096)
-
-    ways = {
-        "train.py's defaults": dict(recompute=True, chunk=1024, compile=False),
-        "compiled": dict(recompute=True, chunk=1024, compile=ON_GPU),
-        "compiled, nothing twice": dict(recompute=False, chunk=4 * TOKENS, compile=ON_GPU),
-    }
     for name, settings in ways.items():
         policy = build(f"{folder}/model", DTYPE, **settings)
-        for limit in (TOKENS, 2 * TOKENS):
+        for limit in limits:
             pairs, n_tokens = pairs_that_fit(records, limit)
             row, _, _ = pack(pairs, policy.kernel)
             step = functools.partial(forward_and_backward, policy, row)
