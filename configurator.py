@@ -43,7 +43,14 @@ n_eval = 0                              # how many of them; 0: all
 eval_temperature = 0.7                  # sampling temperature of the evaluated answers
 # fmt: on
 
-SCRIPTS = ("configurator.py", "generate.py", "rank.py", "train.py", "eval.py")
+SCRIPTS = (
+    "configurator.py",
+    "generate.py",
+    "rank.py",
+    "train.py",
+    "eval.py",
+    "nanoaipo/add_instructions.py",
+)
 HERE = os.path.dirname(os.path.abspath(__file__))
 DASHES = "-–—"  # text that is copied from a page may have long ones
 

