@@ -37,7 +37,7 @@ from nanoaipo.processes import RANK, WORLD_SIZE, print0
 from nanoaipo.prompts import read_candidates
 from nanoaipo.responses import answer_length
 from nanoaipo.seeds import derive_seed
-from nanoaipo.served import served_fields, served_scores, with_served
+from nanoaipo.served import with_served
 from nanoaipo.stages import open_output, open_stage, write_json_output
 from nanoaipo.stats import wilson_interval
 from nanoaipo.thoughts import split_thought, with_thought
@@ -427,7 +427,7 @@ def judge_the_judge(settings, manifest):
     for row in preferences:
         row["texts"] = list(first_of_each_text(row["responses"]))
 
-    from nanoaipo.rankers import load_ranker
+    from nanoaipo.rankers import load_ranker, who_answered
 
     counts = collections.Counter()
     rank = load_ranker(ranker, settings["ranker_model"], settings, counts)
@@ -445,11 +445,8 @@ def judge_the_judge(settings, manifest):
     # who judged: of an endpoint the model that it says it served
     judge = f"{ranker} {settings['ranker_model']}".strip()
     measured = {"judge": judge, "date": time.strftime("%Y-%m-%d")}
-    if ranker == "judge" and judge_url:
-        from nanoaipo.questions import kept_replies
-
-        replies = kept_replies(out, settings["ranker_model"])
-        measured |= served_scores([served_fields(reply) for reply in replies], out)
+    manifest["served"] = who_answered(ranker, settings["ranker_model"], settings)
+    measured |= manifest["served"].get(settings["ranker_model"], {})
     measured |= runs[0] | {"counts": dict(counts)}
     if meta_repeats:
         measured["runs"] = [one["accuracy"] for one in runs]
@@ -555,7 +552,7 @@ def main():
     counts["prompts"] = len(competitors)
 
     # scores and log-odds of each prompt's distinct texts; torch is imported only now
-    from nanoaipo.rankers import load_ranker
+    from nanoaipo.rankers import load_ranker, who_answered
 
     rank = load_ranker(ranker, settings["ranker_model"], settings, counts)
     rows = []
@@ -580,6 +577,7 @@ def main():
 
     # one file, or this process's shard of it
     manifest["counts"] = dict(counts)
+    manifest["served"] = who_answered(ranker, settings["ranker_model"], settings)
     manifest["summary"] = summary(pairs)
     with open_output(out, manifest) as write:
         for pair in pairs:

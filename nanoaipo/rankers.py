@@ -25,6 +25,8 @@ from nanoaipo.grading import is_right
 from nanoaipo.judges import from_rewards, judge, prompt_text, zermelo
 from nanoaipo.packing import batches_by_length
 from nanoaipo.processes import pick_device
+from nanoaipo.questions import kept_replies
+from nanoaipo.served import served_fields, served_scores
 
 
 def pairrm(model, counts, *, rank_batch_tokens, **_):
@@ -322,3 +324,24 @@ def load_ranker(ranker, model, settings, counts):
     if ranker not in RANKERS:
         raise InputError(f"--ranker={ranker}: there are {', '.join(RANKERS)}")
     return RANKERS[ranker](model, counts, **settings)
+
+
+def who_answered(ranker, model, settings):
+    """{judge asked for: its served_model and so on, as served_scores has them}, of an endpoint.
+
+    Who answered stands in the replies kept beside settings["out"]. Empty for a ranker that asks no
+    endpoint. Raises InputError where two models have answered to one name.
+    """
+    asked = []
+    if ranker == "judge":
+        asked = [model]
+    if ranker == "annotators":
+        asked = [path for name, path in parse_annotators(model) if name == "judge"]
+    if not settings["judge_url"]:
+        return {}
+
+    served = {}
+    for name in asked:
+        replies = kept_replies(settings["out"], name)
+        served[name] = served_scores([served_fields(reply) for reply in replies], settings["out"])
+    return served

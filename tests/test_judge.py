@@ -729,6 +729,44 @@ def test_a_name_that_a_snapshot_answers_to_is_printed_and_no_more(tmp_path):
     assert count_kept(tmp_path, "model") == {"j-2025": 12}
 
 
+def test_the_manifest_names_the_model_that_answered_in_both_runs_of_a_stage(tmp_path):
+    candidates(tmp_path / "c.jsonl")
+    assert rank(tmp_path, Judge(misbehave=says_it_is(j_2025)).url).returncode == 0
+    rewrite_replies(tmp_path, lambda reply: reply if reply["about"][0] == "long" else None)
+    os.remove(tmp_path / "p.jsonl")
+
+    def new_server(n, text):
+        return {"model": "j-2025", "system_fingerprint": "fp_2"}
+
+    done = rank(tmp_path, Judge(misbehave=says_it_is(new_server)).url)
+
+    assert done.returncode == 0, done.stderr
+    manifest = stages.read_manifest(str(tmp_path / "p.jsonl"))
+    assert manifest["settings"]["ranker"] == "judge"
+    assert manifest["served"] == {
+        "some-judge": {"served_model": "j-2025", "fingerprints": {"fp_2": 6}}
+    }
+
+
+def test_the_manifest_names_who_answered_to_each_judge_among_the_annotators(tmp_path):
+    def snapshot_of_asked(server, handler, text):
+        snapshot = {"model": handler.body["model"] + "-2025"}
+        handler.reply(choice(verdict(text), finish_reason="stop") | snapshot)
+        return True
+
+    candidates(tmp_path / "c.jsonl")
+    server = Judge(misbehave=snapshot_of_asked)
+
+    done = rank(tmp_path, server.url, ranker="annotators", ranker_model="judge:j1 judge:j2")
+
+    assert done.returncode == 0, done.stderr
+    manifest = stages.read_manifest(str(tmp_path / "p.jsonl"))
+    assert manifest["served"] == {
+        "j1": {"served_model": "j1-2025"},
+        "j2": {"served_model": "j2-2025"},
+    }
+
+
 @pytest.mark.parametrize("fields", [{}, {"model": None}, {"model": ""}, {"model": 5}])
 def test_a_server_that_does_not_name_its_model_is_no_change(tmp_path, fields):
     candidates(tmp_path / "c.jsonl")
