@@ -65,7 +65,8 @@ drop_url = True                         # no pair whose chosen response holds a 
 reward_temperature = 1.0                # z = difference of scores / this (reward, judge, answer)
 # the judge's endpoint is OpenAI-compatible, its key stands in OPENAI_API_KEY
 judge_url = ""                          # endpoint of the judge; empty: an engine here
-judge_mode = "score"                    # score: 0 to 5 points; pairwise: two, in both orders
+judge_mode = "score"                    # score: 0 to 5 points; pairwise: two, in both orders;
+# expected: one digit, the mean over its log-probs (G-Eval), where the endpoint gives them
 # with {prompt} and {response} to score, with {prompt}, {response_a} and {response_b} to compare,
 # and {rubric} or the like, which the column of that name fills
 judge_prompt = ""                       # file with what the judge is asked; empty: ours in prompts/
@@ -474,7 +475,7 @@ def check_settings():
     if not 0 <= drop_hardest < 1:
         raise InputError(f"--drop_hardest={drop_hardest}: a share, from 0 to below 1")
     compares_prompts = ranker in ("reward", "answer")
-    if ranker == "judge" and judge_mode == "score":
+    if ranker == "judge" and judge_mode != "pairwise":
         compares_prompts = True
     if drop_hardest and not compares_prompts:
         raise InputError(

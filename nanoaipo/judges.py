@@ -10,6 +10,7 @@ import torch
 
 from nanoaipo.chat import template_arguments
 from nanoaipo.errors import InputError
+from nanoaipo.logprobs import expected_digit, first_token
 from nanoaipo.questions import ask, endpoint, local_model
 from nanoaipo.stages import fingerprint
 from nanoaipo.thoughts import marks_of, split_thought
@@ -223,6 +224,7 @@ def reader_of(verdict, judge_mode):
 JUDGE_MODES = {
     "score": (read_score, ("{prompt}", "{response}")),
     "pairwise": (read_verdict, ("{prompt}", "{response_a}", "{response_b}")),
+    "expected": (None, ("{prompt}", "{response}")),  # its log-probs say it all
 }
 
 
@@ -255,6 +257,7 @@ def judge(
 
     Each question gets judge_votes replies. Mode "score" asks for points for each response (the
     additive rubric of Self-Rewarding, 2401.10020); a response's reward is the mean over its votes.
+    Mode "expected" asks once for a digit, whose mean by its log-probs is the response's reward.
     Mode "pairwise" shows two responses at a time, in both orders, and fits Bradley-Terry strengths
     to the votes, as for annotators. What is asked stands in prompts/judge_MODE.txt or in the file
     judge_prompt, with places for columns of the prompt's record. verdict is a regular expression
@@ -264,6 +267,16 @@ def judge(
     if judge_mode not in JUDGE_MODES:
         raise InputError(f"--judge_mode={judge_mode}: there are {', '.join(JUDGE_MODES)}")
     read, fields = JUDGE_MODES[judge_mode]
+    by_log_probs = judge_mode == "expected"
+    how = {"temperature": judge_temperature, "max_tokens": judge_tokens}
+    if by_log_probs:
+        judge_votes = 1  # the log-probs of one token hold all votes
+        how = {"temperature": 1.0, "max_tokens": 1, "logprobs": True, "top_logprobs": 20}
+        if verdict or not judge_url:
+            raise InputError(
+                "--judge_mode=expected: reads the log-probs of an endpoint: set --judge_url, and "
+                "no --verdict"
+            )
     if verdict:
         read = reader_of(verdict, judge_mode)
     template = load_template(judge_mode, judge_prompt, fields)
@@ -297,15 +310,21 @@ def judge(
                 # the seed of a local reply is a hash of its question: the order of keys counts
                 question = {
                     "messages": [{"role": "user", "content": content}],
-                    "temperature": judge_temperature,
-                    "max_tokens": judge_tokens,
+                    **how,
                     "about": [rows[r]["id"], *shown, vote],
                 }
                 questions.append(identity | question)
 
+        # an endpoint without log-probs shows at the first reply, before the others are paid for
+        if by_log_probs:
+            check_log_probs(ask(questions[:1], out, answer), model)
+
         # replies to votes; what cannot be read is counted and is no vote
         replies = ask(questions, out, answer)
-        readings = [read(reply["reply"]) for reply in replies]
+        if by_log_probs:
+            readings = [expected_digit(reply) for reply in replies]
+        else:
+            readings = [read(reply["reply"]) for reply in replies]
         unreadable = readings.count(None)
         counts["replies"] += len(readings)
         counts["unreadable_replies"] += unreadable
@@ -314,7 +333,7 @@ def judge(
         votes = readable_votes(readings, judge_votes)
 
         # votes to scores and log-odds of each row
-        if judge_mode == "score":
+        if judge_mode != "pairwise":
             rewards = mean_scores(rows, comparisons, votes)
             return [from_rewards(row_rewards, reward_temperature) for row_rewards in rewards]
         strengths = zermelo(count_wins(rows, comparisons, votes), pseudo_count)
@@ -384,6 +403,16 @@ def column_text(value):
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return "\n".join(f"{n}. {item}" for n, item in enumerate(value, 1))
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def check_log_probs(replies, model):
+    """Raise InputError where a reply that is no error has no log-probs."""
+    for reply in replies:
+        if "error" not in reply and first_token(reply) is None:
+            raise InputError(
+                f"--judge_mode=expected: '{model}' gives no log-probs with its replies; take "
+                "another model or --judge_mode=score"
+            )
 
 
 def all_comparisons(rows, n_shown):

@@ -18,6 +18,7 @@ from nanoaipo.benchmarks.answers import (
 )
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
+from nanoaipo.logprobs import first_token
 from nanoaipo.served import served_fields, served_scores
 from nanoaipo.stats import length_controlled, standard_error
 from nanoaipo.thoughts import split_thought
@@ -264,7 +265,7 @@ def judge(ask, bench_data, answers, baseline, judge_model):
             preference = 3 - preference  # back from "for M" to "for the model"
         row |= {"preference": preference, "raw_completion": reply, "tstamp": time.time()}
         row |= served_fields(reply)
-        if not first_tokens(reply):
+        if first_token(reply) is None:
             row["verdict_from"] = "text"
     return rows
 
@@ -311,27 +312,18 @@ def question_about(row, template):
     }
 
 
-def first_tokens(reply):
-    """The tokens of a reply with their log-probs, or None where the judge gives none."""
-    tokens = (reply.get("logprobs") or {}).get("content")
-    if not tokens or "top_logprobs" not in tokens[0]:
-        return None
-    return tokens
-
-
 def preference_of(reply):
     """From 1 (for what was shown as m) to 2 (for M), or None if the reply does not say.
 
     2 - P(m) / (P(m) + P(M)) of the first token, or the last m or M of the text where a judge
     gives no log-probs.
     """
-    tokens = first_tokens(reply)
-    if tokens:
-        top = {t["token"]: np.exp(t["logprob"]) for t in tokens[0]["top_logprobs"]}
+    top = first_token(reply)
+    if top is not None:
         both = top.get("m", 0) + top.get("M", 0)
         if not both:
             return None
-        return 2 - float(top.get("m", 0) / both)
+        return 2 - top.get("m", 0) / both
 
     _, answer = split_thought(reply["reply"])
     letters = re.findall(r"(?<![\w'])[mM](?![\w'])", answer)
