@@ -36,7 +36,7 @@ from nanoaipo.stats import LENGTH_ALARM, interval, length_controlled_interval, v
 
 # fmt: off
 # ---- settings ----
-bench = "win_rate"                      # win_rate (any prompts), alpaca_eval, mt_bench, arena_hard
+bench = "win_rate"                      # win_rate, alpaca_eval, mt_bench, arena_hard or wild_bench
 answers = ""                            # answers to evaluate: candidates, or a benchmark's answers
 baseline = ""                           # answers to compare with; in the loop the first policy's
 out = ""                                # scores to write (JSON)

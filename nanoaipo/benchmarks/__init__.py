@@ -1,4 +1,4 @@
-"""AlpacaEval 2.0, MT-Bench, Arena-Hard: scores of judgment files, and such files from a judge.
+"""AlpacaEval 2.0, MT-Bench, Arena-Hard, WildBench: scores of judgments, and judgments by a judge.
 
     scores = BENCHMARKS["mt_bench"].score(judgments, model, answers="", lc_data="", baseline="")
     rows = BENCHMARKS["mt_bench"].judge(ask, bench_data, answers, baseline, judge_model)
@@ -10,10 +10,11 @@ about what, stands in the benchmark's own files (`bench_data`: a clone of its re
 of them is kept here.
 """
 
-from nanoaipo.benchmarks import alpaca_eval, arena_hard, mt_bench
+from nanoaipo.benchmarks import alpaca_eval, arena_hard, mt_bench, wild_bench
 
 BENCHMARKS = {
     "alpaca_eval": alpaca_eval,
     "mt_bench": mt_bench,
     "arena_hard": arena_hard,
+    "wild_bench": wild_bench,
 }

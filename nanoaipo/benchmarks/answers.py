@@ -23,15 +23,17 @@ def text_of(turn, field):
 def parse_answer(row):
     """(key, model name or None, Answer) of a record in the format of any benchmark or of ours.
 
-    The key is the instruction (AlpacaEval), else question_id or uid. Raises one of LookupError,
-    TypeError, ValueError, AttributeError when the record is in none of these formats.
+    The key is question_id, uid, instruction (AlpacaEval) or session_id (WildBench). Raises one of
+    LookupError, TypeError, ValueError, AttributeError when the record is in none of these formats.
     """
-    key = row.get(found_field(row, ("question_id", "uid", "instruction")))
+    key = row.get(found_field(row, ("question_id", "uid", "instruction", "session_id")))
     tokens = None
 
-    if "output" in row:  # AlpacaEval
+    if "output" in row:  # AlpacaEval, WildBench
         name = row.get("generator")
         texts = [row["output"]]
+        if isinstance(row["output"], list):  # WildBench's samples
+            texts = row["output"][:1]
     elif "choices" in row:  # MT-Bench, Arena-Hard v0.1
         name = row["model_id"]
         turns = row["choices"][0]["turns"]
