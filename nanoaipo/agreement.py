@@ -4,11 +4,12 @@
     measured = agreement(rows, scores)          scores: the ranker's, one list for each row
     print_agreement(measured)
 
-A row is a prompt with right and wrong responses: a pair in any layout of nanoaipo/rows.py, or
+A row is a prompt with right and wrong responses: a pair in any layout of nanoaipo/rows.py;
 RewardBench 2's (2506.01937), where `chosen` and `rejected` are lists of texts, most often one and
-three. It is won where every right response is above every wrong one. With `subset` in the rows each
-subset has its own accuracy. Length has two: where the longest response is a right one, and where it
-is a wrong one, which is what a policy would exploit.
+three; or AlpacaEval's annotations, where all annotators of a pair have a vote. It is won where
+every right response is above every wrong one. With `subset` in the rows each subset has its own
+accuracy. Length has two: where the longest response is a right one, and where it is a wrong one,
+which is what a policy would exploit.
 """
 
 import math
@@ -16,6 +17,7 @@ import statistics
 
 import numpy as np
 
+from nanoaipo.benchmarks.alpaca_eval import win
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
 from nanoaipo.messages import Dropped, UnusableRow
@@ -38,7 +40,7 @@ def read_preferences(path):
     """
     rows = []
     dropped = Dropped()
-    for n, (where, row) in enumerate(read_records(path)):
+    for n, (where, row) in enumerate(merge_annotations(read_records(path))):
         try:
             prompt, right, wrong = right_and_wrong(where, row)
             check_differ(where, right, wrong)
@@ -60,11 +62,55 @@ def read_preferences(path):
     return rows
 
 
+def merge_annotations(records):
+    """The (where, row) pairs, in which AlpacaEval's annotations of one pair of outputs are one row.
+
+    Its `preferences` are those of all annotators. Other rows are as they were.
+    """
+    merged = []
+    first = {}  # (instruction, input, both outputs): the row of its first annotation
+    for where, row in records:
+        if "preference" in row and "output_1" in row:
+            fields = ("instruction", "input", "output_1", "output_2")
+            key = tuple(str(row.get(field)) for field in fields)
+            preference = row.pop("preference")
+            if key in first:
+                first[key]["preferences"].append(preference)
+                continue
+            row["preferences"] = [preference]
+            first[key] = row
+        merged.append((where, row))
+    return merged
+
+
+def annotated(where, row):
+    """(Preferred output, other output) of merged annotations, in lists; raises UnusableRow."""
+    outputs = []
+    for field in ("output_1", "output_2"):
+        outputs += listed_responses(where, row, field)
+    try:
+        wins = [win(preference) for preference in row["preferences"]]
+        wins = [value for value in wins if not math.isnan(value)]
+    except TypeError as e:
+        raise UnusableRow("preference", f"{where}: 'preference' has to be a number") from e
+
+    # the annotators' votes for output_2, which may be fractions
+    share = statistics.fmean(wins) if wins else 0.5
+    if share == 0.5:
+        raise UnusableRow("undecided", f"{where}: its annotators prefer neither output")
+    if share < 0.5:
+        return outputs[:1], outputs[1:]
+    return outputs[1:], outputs[:1]
+
+
 def right_and_wrong(where, row):
     """(prompt, right responses, wrong responses) of a row; raises UnusableRow."""
-    # RewardBench 2's lists, or a pair of whatever layout
+    # AlpacaEval's annotations, RewardBench 2's lists, or a pair of whatever layout
     sides = [row.get("chosen"), row.get("rejected")]
-    if any(is_texts(side) for side in sides):
+    if "preferences" in row and "output_1" in row:
+        prompt = with_system(row, prompt_messages(where, row))
+        right, wrong = annotated(where, row)
+    elif any(is_texts(side) for side in sides):
         prompt = with_system(row, prompt_messages(where, row))
         right = listed_responses(where, row, "chosen")
         wrong = listed_responses(where, row, "rejected")

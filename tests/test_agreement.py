@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from benchmark_files import ALPACA, JUDGED, published
 from conftest import run, torchrun, write_pairs
 from test_judge import KEY, Judge, choice
 from test_rank import build_judge
@@ -189,6 +190,59 @@ def test_pairs_of_any_layout_and_lists_of_responses_are_read(tmp_path):
     assert rows[4]["prompt"][0] == {"role": "system", "content": "Be brief."}
 
 
+def annotation(preference, output_1="a", output_2="b", **other):
+    """An annotation as AlpacaEval's files have it."""
+    row = {"instruction": "Hi", "output_1": output_1, "output_2": output_2}
+    return row | {"preference": preference} | other
+
+
+def test_the_annotators_of_a_pair_vote_on_it_as_in_alpaca_evals_files(tmp_path, capsys):
+    rows = read_rows(
+        tmp_path,
+        annotation(2, annotator="human 1"),  # 2, 2, 1 on one pair: for b
+        annotation(1, annotator="human 2"),
+        annotation(1.3, "c", "d", instruction="Name", input="a tree"),  # weighted: for c
+        annotation(2, annotator="human 3"),
+        annotation(1, "e", "f"),  # even: left out
+        annotation(2, "e", "f"),
+        annotation(0, "g", "h"),  # AlpacaEval's tie: left out
+        annotation(None, "i", "j"),  # no verdict: left out
+        annotation(None, "k", "l"),  # of two, one verdict
+        annotation(1, "k", "l"),
+        MATH,
+    )
+
+    texts = [[response["text"] for response in row["responses"]] for row in rows]
+    assert texts == [["b", "a"], ["c", "d"], ["k", "l"], ["aaaa", "b", "bb", "bbb"]]
+    assert rows[0]["prompt"] == [{"role": "user", "content": "Hi"}]
+    assert rows[1]["prompt"] == [{"role": "user", "content": "Name\n\na tree"}]
+    assert len({row["id"] for row in rows}) == 4
+    assert "3 rows dropped: 3 undecided (" in capsys.readouterr().out
+
+
+@published
+@pytest.mark.parametrize("model", JUDGED)
+def test_a_published_file_of_annotations_says_how_often_the_longer_output_won(model):
+    path = str(ALPACA / model / "annotations.json.gz")
+    annotations = [row for _, row in files.read_records(path)]
+    decided = [row for row in annotations if row["preference"] not in (None, 0, 1.5)]
+
+    rows = agreement.read_preferences(path)
+    scores = [[len(response["text"]) for response in row["responses"]] for row in rows]
+    numbers = agreement.agreement(rows, scores)
+
+    # counted without our code
+    won = 0.0
+    for row in decided:
+        longer = len(row["output_2"]) - len(row["output_1"])
+        for_2 = row["preference"] > 1.5
+        won += 0.5 if longer == 0 else (longer > 0) == for_2
+    assert numbers["n"] == len(decided)
+    assert numbers["accuracy"] == pytest.approx(100 * won / len(decided))
+    assert numbers["longer_is_right"]["accuracy"] == 100
+    assert numbers["longer_is_wrong"]["accuracy"] == 0
+
+
 @pytest.mark.parametrize(
     "row, message",
     [
@@ -199,6 +253,10 @@ def test_pairs_of_any_layout_and_lists_of_responses_are_read(tmp_path):
         ({"prompt": "Hi", "chosen": "a", "rejected": "a"}, "identical (FILE:1: a response is both"),
         ({"prompt": "Hi", "chosen": ["a"], "rejected": ["b", "a"]}, "identical (FILE:1"),
         (MATH | {"num_correct": 2}, "FILE:1: 'num_correct' is 2, and 'chosen' holds 1"),
+        (annotation(1.5), "undecided (FILE:1: its annotators prefer neither output"),
+        (annotation("1"), "preference (FILE:1: 'preference' has to be a number"),
+        (annotation(1, output_2=None), "FILE:1: 'output_2' has to be a text"),
+        (annotation(1, output_2="a"), "identical (FILE:1"),
     ],
 )
 def test_a_row_that_is_no_preference_is_left_out_and_named(tmp_path, capsys, row, message):
