@@ -19,6 +19,7 @@ beta * r is DPO's implicit reward. p is the label: p = 1 is a hard one.
 
 import contextlib
 import inspect
+import re
 
 import torch
 from torch.nn.functional import logsigmoid, relu, softplus
@@ -217,48 +218,84 @@ OBJECTIVES = dict(
     orpo=lambda avg_w, avg_l, nll, *, lambda_:
         nll + lambda_ * sp(logodds(avg_l) - logodds(avg_w)),                # 2403.07691 Eq. 6-7
     alpha_dpo_24=alpha_dpo_24,                                              # 2410.10148
+
+    # ---- no preference: SFT on the chosen response, for a mix
+    nll=lambda nll: nll,
 )
 # fmt: on
 
 
-def arguments_of(name):
-    """(symbols, settings) that an objective reads: the names before and behind its star."""
-    parameters = inspect.signature(OBJECTIVES[name]).parameters.values()
+def weights_of(loss):
+    """{objective: weight} of a loss: one, or a mix as MPO's 0.8*dpo+0.2*bco+nll (2411.10442).
+
+    Raises ValueError for a term that is neither an objective nor weight*objective, a weight of 0,
+    and an objective that comes twice.
+    """
+    weights = {}
+    for term in loss.split("+"):
+        match = re.fullmatch(r" *(?:(\d*\.?\d+(?:e-?\d+)?) *\* *)?([a-z]\w*) *", term)
+        if match is None or match[2] not in OBJECTIVES:
+            raise ValueError(
+                f"loss '{term}' is unknown; a mix is written 0.8*dpo+0.2*bco+nll, "
+                f"and there are: {', '.join(OBJECTIVES)}"
+            )
+        weight, name = match.groups()
+        if name in weights:
+            raise ValueError(f"'{name}' comes twice: write one term with the sum of the weights")
+        weights[name] = float(weight or 1)
+        if weights[name] == 0:
+            raise ValueError(f"'{term}' counts nothing: leave it out")
+    return weights
+
+
+def arguments_of(loss):
+    """(symbols, settings) that a loss reads: the names before and behind the star of each term."""
+    parameters = []
+    for name in weights_of(loss):
+        parameters += inspect.signature(OBJECTIVES[name]).parameters.values()
     symbols = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
     settings = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    return symbols, settings
+    return list(dict.fromkeys(symbols)), list(dict.fromkeys(settings))  # each once
 
 
-def pair_loss(name, symbols, *, label_smoothing=0.0, **settings):
-    """Loss per pair, (B,), of the objective `name`, given `margins(...)` and its settings.
+def term_losses(mix, symbols, *, label_smoothing=0.0, **settings):
+    """{objective: loss per pair, (B,)} of each term of a loss, before its weight.
 
-    Settings that the objective does not read are ignored. label_smoothing turns p into
+    symbols: `margins(...)`. Settings that no term reads are ignored. label_smoothing turns p into
     (1 - eps) p + eps (1 - p) for every objective that reads p. Raises ValueError for an unknown
-    name, a missing setting, a column that the pairs do not carry (z, q_w, q_l, g_w, g_l), or
-    smoothing without p.
+    objective, a missing setting, a column that the pairs do not carry (z, q_w, q_l, g_w, g_l), or
+    smoothing where no term reads p.
     """
-    if name not in OBJECTIVES:
-        raise ValueError(f"loss '{name}' is unknown; there are: {', '.join(OBJECTIVES)}")
-    symbol_names, setting_names = arguments_of(name)
+    symbol_names, _ = arguments_of(mix)
     if label_smoothing and "p" not in symbol_names:
         raise ValueError(
-            f"loss '{name}' does not read p, so label_smoothing would be ignored: set it to 0"
+            f"loss '{mix}' does not read p, so label_smoothing would be ignored: set it to 0"
         )
-
     p = symbols["p"]
     symbols = symbols | {"p": (1 - label_smoothing) * p + label_smoothing * (1 - p)}
 
-    arguments = {}
-    for kind, names, source in (
-        ("column of the pairs", symbol_names, symbols),
-        ("setting", setting_names, settings),
-    ):
-        for key in names:
-            if source.get(key) is None:
-                there_are = ", ".join(source)
-                raise ValueError(f"loss '{name}' needs the {kind} '{key}'; there are: {there_are}")
-            arguments[key] = source[key]
-    return OBJECTIVES[name](**arguments)
+    terms = {}
+    for name in weights_of(mix):
+        symbol_names, setting_names = arguments_of(name)
+        arguments = {}
+        for kind, names, source in (
+            ("column of the pairs", symbol_names, symbols),
+            ("setting", setting_names, settings),
+        ):
+            for key in names:
+                if source.get(key) is None:
+                    raise ValueError(
+                        f"loss '{name}' needs the {kind} '{key}'; there are: {', '.join(source)}"
+                    )
+                arguments[key] = source[key]
+        terms[name] = OBJECTIVES[name](**arguments)
+    return terms
+
+
+def pair_loss(mix, symbols, **settings):
+    """Loss per pair, (B,), of an objective or a mix: the weighted sum of `term_losses`."""
+    terms = term_losses(mix, symbols, **settings)
+    return sum(weight * terms[name] for name, weight in weights_of(mix).items())
 
 
 # ---------------------------------------------------------------------------- from tokens to pairs

@@ -47,7 +47,7 @@ from nanoaipo.stages import finish_folder, manifest_path, open_stage, version
 model = ""                      # policy to start from, also the reference: folder or hub name
 pairs = ""                      # preference pairs: ours or as TRL has them; JSONL, JSON, NAME:SPLIT
 out = ""                        # folder of the trained model
-loss = "aipo"                   # name of an objective in losses.py
+loss = "aipo"                   # an objective in losses.py, or a mix: 0.8*dpo+0.2*bco+nll
 beta = 0.1                      # strength of the implicit reward (AIPO: 0.1)
 alpha = 0.05                    # share of the reference margin added to the target (AIPO: .03-.07)
 lambda_ = 0.2                   # weight of the NLL or other second term (AIPO: 0.2, 0.5)
@@ -124,11 +124,8 @@ def check_settings():
             raise InputError(f"--{key}: pip install {package} first")
 
 
-def label_columns(records, symbol_names):
-    """{name: a number per pair}: columns that every pair carries and that objectives may read.
-
-    Without soft_labels labels are hard, so z is left out unless the objective itself reads it.
-    """
+def label_columns(records):
+    """{name: a number per pair}: columns that every pair carries and that objectives may read."""
     columns = {}
     for name in ("z", "q_w", "q_l", "g_w", "g_l"):
         values = [record.get(name) for record in records]
@@ -136,8 +133,6 @@ def label_columns(records, symbol_names):
             columns[name] = [float(value) for value in values]
     if soft_labels and "z" not in columns:
         raise InputError(f"--soft_labels=True: not every pair of {pairs} carries z, the label")
-    if not soft_labels and "z" not in symbol_names:
-        columns.pop("z", None)
     return columns
 
 
@@ -374,10 +369,11 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
     from nanoaipo.weights import load_weights, save_policy
 
     # ---- what the objective reads
-    if loss not in losses.OBJECTIVES:
-        raise InputError(f"--loss={loss}: there are {', '.join(losses.OBJECTIVES)}")
-    symbol_names, setting_names = losses.arguments_of(loss)
-    columns = label_columns(records, symbol_names)
+    try:
+        _, setting_names = losses.arguments_of(loss)
+    except ValueError as e:  # no objective and no mix of them
+        raise InputError(f"--loss={loss}: {e}") from None
+    columns = label_columns(records)
     columns["len_w"] = [float(len(r["chosen_ids"])) for r in records]
     columns["len_l"] = [float(len(r["rejected_ids"])) for r in records]
 
@@ -434,7 +430,10 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
     def symbols(pair_ids, logp_w, logp_l):
         """The symbols of losses.py for these pairs."""
         of_pairs = {name: column[pair_ids] for name, column in columns.items()}
-        return losses.margins(logp_w, logp_l, **of_pairs)
+        m = losses.margins(logp_w, logp_l, **of_pairs)
+        if not soft_labels:  # a term that reads z does not soften the others' labels
+            m["p"] = torch.ones_like(logp_w)
+        return m
 
     # ---- the plan
     n_tokens = tokens_of_pairs(records)
@@ -511,6 +510,9 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
                     padding * n_pairs / (WORLD_SIZE * len(micro_batches))
                 ),
             }
+            if loss not in losses.OBJECTIVES:  # a mix: its terms, before their weights
+                for name, term in losses.term_losses(loss, m, **config).items():
+                    logged["loss_" + name] = term
             totals = totals + torch.stack([x.detach().sum() for x in logged.values()])
 
         dist.all_reduce(totals)

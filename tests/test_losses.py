@@ -11,10 +11,13 @@ import torch
 from losses import (
     OBJECTIVES,
     LogProb,
+    arguments_of,
     logprob,
     margins,
     pair_loss,
     segment_sums,
+    term_losses,
+    weights_of,
     wpo_weights,
 )
 
@@ -267,7 +270,8 @@ def by_hand(logp_w, logp_l, ref_w, ref_l, len_w, len_l, z, q_w, q_l, g_w, g_l, *
         repo=max(0, gamma - avg_w + avg_l),
         cpo=ce(beta * (logp_w - logp_l)) - lambda_ * avg_w,
         orpo=-avg_w - lambda_ * log(sigmoid(log(odds_w / odds_l))),
-        alpha_dpo_24=ce(beta * (avg_w - avg_l) - (gamma + beta * alpha * batch["zscore"])))
+        alpha_dpo_24=ce(beta * (avg_w - avg_l) - (gamma + beta * alpha * batch["zscore"])),
+        nll=-avg_w)
     # fmt: on
 
 
@@ -530,7 +534,10 @@ def test_from_the_reference_hard_labels_raise_chosen_and_lower_rejected(name):
 
     _, d_w, d_l = loss_and_gradients(name, columns_of(pairs))
 
-    assert (d_l > 0).all()
+    if name == "nll":  # SFT knows no rejected response
+        assert (d_l == 0).all()
+    else:
+        assert (d_l > 0).all()
     if name == "apo_down":
         assert (d_w == 0).all()
     else:
@@ -578,9 +585,93 @@ def test_a_process_without_pairs_has_a_loss_of_zero(name):
         assert values.sum().item() == 0
 
 
+# ---------------------------------------------------------------------------- mixes
+
+MPO = "0.8*dpo+0.2*bco+nll"
+# between them they read every symbol that an objective can want beside the sums
+MIXES = [MPO, "2*simpo+.5*irepo+1e-2*rebel", "dpo + 0.3*amapo + 0.1*sppo + 0.05*kto_pair"]
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_mix_and_its_gradients_are_the_weighted_sums_of_its_terms_alone(mix):
+    columns = columns_of(PAIRS)
+
+    expected = [0, 0, 0]
+    for name, weight in weights_of(mix).items():
+        alone = loss_and_gradients(name, columns)
+        expected = [total + weight * value for total, value in zip(expected, alone)]
+
+    torch.testing.assert_close(loss_and_gradients(mix, columns), tuple(expected))
+
+
+def test_a_mix_is_read_as_it_is_written():
+    assert weights_of("dpo") == {"dpo": 1}
+    assert list(weights_of(MPO).items()) == [("dpo", 0.8), ("bco", 0.2), ("nll", 1)]
+    assert weights_of(" .5 * alpha_dpo_24 + 2e-3*rpo ") == {"alpha_dpo_24": 0.5, "rpo": 0.002}
+
+
+def test_a_mix_reads_what_its_terms_read_each_once():
+    symbols, settings = arguments_of("0.5*aipo+0.5*irpo+simpo")
+
+    assert symbols == ["s_theta", "s_ref", "p", "nll", "s", "avg_w", "avg_l"]
+    assert settings == ["beta", "alpha", "lambda_", "gamma"]
+
+
+def test_the_terms_of_a_mix_are_what_each_would_be_alone():
+    symbols = margins(**columns_of(PAIRS))
+
+    terms = term_losses(MPO, symbols, **SETTINGS)
+
+    assert list(terms) == ["dpo", "bco", "nll"]
+    for name, term in terms.items():
+        assert torch.equal(term, pair_loss(name, symbols, **SETTINGS))
+
+
+def test_label_smoothing_of_a_mix_reaches_the_terms_that_read_the_label():
+    columns = columns_of(PAIRS)
+    symbols = margins(**columns)
+
+    smooth = pair_loss("dpo+nll", symbols, label_smoothing=0.1, **SETTINGS)
+
+    dpo = pair_loss("dpo", symbols, label_smoothing=0.1, **SETTINGS)
+    torch.testing.assert_close(smooth, dpo + symbols["nll"])
+
+
+@pytest.mark.parametrize(
+    "mix, word",
+    [
+        ("0.8dpo+0.2*bco", "loss '0.8dpo' is unknown"),
+        ("0.8 dpo", "loss '0.8 dpo' is unknown"),
+        ("dpo*0.8", "loss 'dpo*0.8' is unknown"),
+        ("0.8*dpo+0.2*bcoo", "loss '0.2*bcoo' is unknown"),
+        ("0.8*dpo,0.2*bco", "loss '0.8*dpo,0.2*bco' is unknown"),
+        ("dpo-0.2*bco", "loss 'dpo-0.2*bco' is unknown"),
+        ("dpo+-1*bco", "loss '-1*bco' is unknown"),
+        ("dpo++bco", "loss '' is unknown"),
+        ("dpo+", "loss '' is unknown"),
+        ("", "loss '' is unknown"),
+        ("nan*dpo", "loss 'nan*dpo' is unknown"),
+        ("2*2*dpo", "loss '2*2*dpo' is unknown"),
+        ("dpo+0.5*dpo", "'dpo' comes twice"),
+        ("dpo+0*bco", "'0*bco' counts nothing"),
+    ],
+)
+def test_what_is_no_mix_is_refused_in_one_line_that_says_what_can_be_written(mix, word):
+    with pytest.raises(ValueError) as error:
+        weights_of(mix)
+
+    assert word in str(error.value)
+    assert "\n" not in str(error.value)
+    if "unknown" in word:
+        assert "0.8*dpo+0.2*bco+nll" in str(error.value)
+        assert "simpo" in str(error.value)
+
+
 # ---------------------------------------------------------------------------- errors
 
 MISTAKES = [
+    ("dpo+sppo", "q_w", SETTINGS, ["sppo", "column", "'q_w'"]),
+    ("bco+nll", "", dict(SETTINGS, label_smoothing=0.1), ["bco+nll", "label_smoothing"]),
     ("dpoo", "", SETTINGS, ["dpoo", *OBJECTIVES]),
     ("aipo", "", dict(beta=0.1, lambda_=0.2), ["aipo", "setting", "'alpha'"]),
     ("irepo", "z", SETTINGS, ["irepo", "column", "'z'"]),
@@ -628,6 +719,8 @@ TRL = dict(
     cpo="sigmoid",
     alphapo="alphapo",
 )
+TRL[MPO] = ["sigmoid", "bco_pair", "sft"]
+TRL_WEIGHTS = {"irpo": [1.0, 0.7], MPO: [0.8, 0.2, 1.0]}  # of sft in irpo: our lambda_
 TRL_SETTINGS = dict(
     f_dpo_alpha=dict(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=1 - 0.3),
     f_dpo_js=dict(f_divergence_type="js_divergence"),
@@ -693,7 +786,7 @@ def trl_trainer(name, policy, reference, tokenizer, output_dir):
         **TRL_SETTINGS.get(name, {}),
     )
     if isinstance(TRL[name], list):
-        weights = [1.0, 0.7][: len(TRL[name])]  # TRL's weight of sft is our lambda_
+        weights = TRL_WEIGHTS.get(name, [1.0])
         args = trl.DPOConfig(**common, label_smoothing=0.1, loss_weights=weights)
         return trl.DPOTrainer(
             policy, reference, args, train_dataset=rows, processing_class=tokenizer

@@ -664,6 +664,30 @@ def test_an_unknown_loss_is_refused_with_the_list_of_known_ones(refused_here):
     assert "alpha_dpo" in message
 
 
+def test_a_mix_that_cannot_be_read_is_refused_with_what_can_be_written(refused_here):
+    message = refused_here(loss="0.8dpo+0.2*bco")
+
+    assert message.startswith("--loss=0.8dpo+0.2*bco: loss '0.8dpo' is unknown")
+    assert "a mix is written 0.8*dpo+0.2*bco+nll" in message
+
+
+def test_a_mix_trains_and_logs_each_term_under_hard_labels(tiny_model, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    write_pairs(path, 4, z=0.5)
+    settings = {"model": tiny_model, "pairs": path, "batch_size": 4, "lr": 1e-3, "epochs": 3}
+
+    logged, _ = train(tmp_path / "out", loss="0.8*dpo+0.2*irepo+nll", **settings)
+
+    # z is the target of irepo alone: dpo's label is hard, and its first loss is log 2
+    assert logged[0]["loss_dpo"] == pytest.approx(math.log(2), abs=1e-6)
+    assert logged[0]["loss_irepo"] == pytest.approx(0.25, abs=1e-6)
+    for record in logged:
+        assert record["loss_nll"] == pytest.approx(record["nll"])
+        total = 0.8 * record["loss_dpo"] + 0.2 * record["loss_irepo"] + record["loss_nll"]
+        assert record["loss"] == pytest.approx(total)
+    assert logged[-1]["loss"] < logged[0]["loss"]
+
+
 def test_a_loss_that_needs_a_column_names_it(refused_here):
     message = refused_here(loss="irepo")
 
