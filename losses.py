@@ -316,6 +316,21 @@ def segment_sums(logp, lengths, beyond=1.0):
     return torch.segment_reduce(logp, "sum", lengths=lengths, unsafe=True)
 
 
+def drawn_tokens(lengths, seeds):
+    """(N,) bool: of each response as many tokens, at random, as its pair's shorter one has.
+
+    lengths: (2B,) int64. seeds: B ints; a seed's draw is always the same, so policy and reference
+    sum the same tokens (SamPO, 2406.10957; its code draws anew for each of the two).
+    """
+    drawn = []
+    for pair, seed in zip(lengths.view(-1, 2).tolist(), seeds):
+        rng = torch.Generator().manual_seed(seed)
+        for length in pair:
+            order = torch.randperm(length, generator=rng)  # (length,)
+            drawn.append(order < min(pair))
+    return torch.cat(drawn).to(lengths.device)
+
+
 def wpo_weights(logp, log_squares, lengths):
     """Weights (B,) in (0, 1]: how likely this policy is to write both responses of a pair.
 

@@ -39,6 +39,7 @@ from nanoaipo.processes import (
     start_processes,
     stop_processes,
 )
+from nanoaipo.seeds import derive_seed
 from nanoaipo.stages import finish_folder, manifest_path, open_stage, version
 
 # ---------------------------------------------------------------------------- settings
@@ -59,6 +60,7 @@ eps = 0.1                       # robust, exo
 label_smoothing = 0.0           # share of labels taken to be flipped; dpo with 0.1 is cDPO
 soft_labels = False             # take p = sigmoid(z) as the label; else hard, as AIPO and DPO do
 ld_alpha = 1.0                  # weight of tokens past the pair's shorter response (LD-DPO: 0.5)
+sampo = False                   # sum equally many random tokens of both responses (2406.10957)
 wpo = False                     # weigh pairs by how likely the policy is to write them (2406.11827)
 z_clip = 4.0                    # z is cut to +-z_clip (iREPO's target; ours)
 lr = 5e-7                       # peak learning rate (AIPO: 5e-7)
@@ -235,8 +237,10 @@ def reference_pass(forward, policy, micro_batches, manifest, output_dir, device)
     t0 = time.time()
     cache = reference_cache or os.path.join(output_dir, "reference.logps")
     os.makedirs(os.path.dirname(cache) or ".", exist_ok=True)
+    drawn = seed if sampo else None
     made_from = json.dumps(  # what the numbers and the order of their rows depend on
-        [manifest["inputs"], dtype, max_length, ld_alpha, manifest["versions"]], sort_keys=True
+        [manifest["inputs"], dtype, max_length, ld_alpha, drawn, manifest["versions"]],
+        sort_keys=True,
     )
     needed = [i for micro_batch in micro_batches for pair_ids in micro_batch for i in pair_ids]
     reference = load_reference(cache, made_from, needed, device)
@@ -327,8 +331,9 @@ def differences_of_pair(record, logp_w, logp_l):
     )
     differences = []
     for logp, sampler_logp, n_tokens in sides:
-        # ld_alpha weighs the tokens past the shorter response: only that one's sum is plain
-        is_plain = ld_alpha == 1 or n_tokens <= min(len_w, len_l)
+        # where the longer response does not count whole, only the shorter one's sum is plain
+        counts_whole = ld_alpha == 1 and not sampo
+        is_plain = counts_whole or n_tokens <= min(len_w, len_l)
         if sampler_logp is not None and is_plain:
             differences.append((logp - sampler_logp) / n_tokens)
     return differences
@@ -370,9 +375,15 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
 
     # ---- what the objective reads
     try:
-        _, setting_names = losses.arguments_of(loss)
+        symbol_names, setting_names = losses.arguments_of(loss)
     except ValueError as e:  # no objective and no mix of them
         raise InputError(f"--loss={loss}: {e}") from None
+    for name in ("nll", "n", "avg_w", "avg_l"):
+        if sampo and name in symbol_names:
+            raise InputError(
+                f"--sampo=True: --loss={loss} reads {name}, an average over all tokens; "
+                "take one that reads sums alone, such as dpo"
+            )
     columns = label_columns(records)
     columns["len_w"] = [float(len(r["chosen_ids"])) for r in records]
     columns["len_l"] = [float(len(r["rejected_ids"])) for r in records]
@@ -420,7 +431,11 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
         if not pair_ids:  # this process takes part only because the others need its collectives
             return logp, logp, logp.detach(), padding
 
-        sums = losses.segment_sums(logp, lengths, ld_alpha)  # (2B,)
+        summed = logp
+        if sampo:
+            seeds = [derive_seed(seed, i) for i in pair_ids]  # whatever the step and micro-batch
+            summed = logp.where(losses.drawn_tokens(lengths, seeds), 0)
+        sums = losses.segment_sums(summed, lengths, ld_alpha)  # (2B,)
         logp_w, logp_l = sums.view(-1, 2).T.contiguous()  # (2, B)
         weights = torch.ones_like(logp_w)
         if wpo:

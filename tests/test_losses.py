@@ -12,6 +12,7 @@ from losses import (
     OBJECTIVES,
     LogProb,
     arguments_of,
+    drawn_tokens,
     logprob,
     margins,
     pair_loss,
@@ -168,6 +169,25 @@ def test_tokens_past_the_shorter_response_weigh_less_and_wpo_weighs_pairs_as_the
     assert not weights.requires_grad
     assert min(expected) < 1
     assert wpo_weights(logp, squares - 9, length_tensor).tolist() == [1, 1, 1]  # clamped
+
+
+def test_sampo_draws_as_many_tokens_of_both_responses_and_each_token_as_often():
+    lengths = torch.tensor([3, 8, 4, 4, 5, 1])
+    draws = [drawn_tokens(lengths, [seed, seed + 1, seed + 2]) for seed in range(2000)]
+
+    for drawn in draws:
+        counts = [part.sum().item() for part in drawn.split(lengths.tolist())]
+        assert counts == [3, 3, 4, 4, 1, 1]
+
+    # the shorter response whole, of the longer each token with the same probability
+    shares = torch.stack(draws).double().mean(0)
+    expected = [1] * 3 + [3 / 8] * 8 + [1] * 8 + [1 / 5] * 5 + [1]
+    assert shares.tolist() == pytest.approx(expected, abs=0.04)  # three deviations are 0.033
+
+    # a pair's draw is its seed's, in whatever micro-batch
+    alone = drawn_tokens(torch.tensor([3, 8]), [7])
+    assert torch.equal(drawn_tokens(torch.tensor([4, 4, 3, 8]), [1, 7])[8:], alone)
+    assert not torch.equal(drawn_tokens(torch.tensor([3, 8]), [8]), alone)
 
 
 # ---------------------------------------------------------------------------- values and gradients

@@ -688,6 +688,30 @@ def test_a_mix_trains_and_logs_each_term_under_hard_labels(tiny_model, tmp_path)
     assert logged[-1]["loss"] < logged[0]["loss"]
 
 
+def test_sampo_sums_the_same_tokens_in_policy_and_reference_whatever_the_micro_batches(
+    tiny_model, pairs, tmp_path
+):
+    settings = {"model": tiny_model, "pairs": pairs, "batch_size": 3, "epochs": 2, "lr": 1e-3}
+    settings |= {**DPO, "sampo": True, "reference_cache": tmp_path / "reference.logps"}
+
+    whole, _ = train(tmp_path / "whole", **settings)
+    split, _ = train(tmp_path / "split", **settings, tokens_per_microbatch=64)
+    plain, _ = train(tmp_path / "plain", **settings | {"sampo": False})
+    other, _ = train(tmp_path / "other", **settings | {"seed": 1, "shuffle": False})
+
+    # the second found the first one's reference, and the others could not use it
+    assert_same_steps(whole, split)
+    for run_, seeds in ((whole, 0), (plain, 0), (other, 1)):
+        assert run_[0]["loss"] == pytest.approx(math.log(2), abs=1e-6), seeds
+    assert sum(r["logp_chosen"] for r in plain) < sum(r["logp_chosen"] for r in whole)
+
+
+def test_sampo_with_a_loss_that_averages_over_tokens_is_refused(refused_here):
+    message = refused_here(loss="dpo+nll", sampo=True)
+
+    assert "--sampo=True: --loss=dpo+nll reads nll" in message
+
+
 def test_a_loss_that_needs_a_column_names_it(refused_here):
     message = refused_here(loss="irepo")
 
@@ -1114,10 +1138,11 @@ def sampled(tmp_path_factory):
     [
         {"wpo": True, "tokens_per_microbatch": 100},
         {"ld_alpha": 0.5},
+        {"sampo": True, "loss": "dpo"},
         {"processes": 2, "batch_size": 5},
         {"lora_rank": 4, "epochs": 2},
     ],
-    ids=["wpo", "ld-dpo", "two-processes", "lora"],
+    ids=["wpo", "ld-dpo", "sampo", "two-processes", "lora"],
 )
 def test_policy_and_sampler_agree_and_every_record_says_so(settings, sampled, tmp_path):
     model, pairs = sampled
