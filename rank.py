@@ -31,10 +31,10 @@ from nanoaipo.agreement import (
 )
 from nanoaipo.chat import template_arguments
 from nanoaipo.errors import InputError
-from nanoaipo.files import shard_path
-from nanoaipo.messages import Dropped
+from nanoaipo.files import read_records, shard_path
+from nanoaipo.messages import Dropped, UnusableRow
 from nanoaipo.processes import RANK, WORLD_SIZE, print0
-from nanoaipo.prompts import read_candidates
+from nanoaipo.prompts import read_candidates, responses_of_pair
 from nanoaipo.responses import answer_length
 from nanoaipo.seeds import derive_seed
 from nanoaipo.served import with_served
@@ -45,6 +45,7 @@ from nanoaipo.thoughts import split_thought, with_thought
 # fmt: off
 # ---- settings ----
 candidates = ""                         # candidates file, folder or glob
+weaker = ""                             # and a weaker model's to the same prompts, which lose
 meta = ""                               # or known preferences, to judge the ranker itself by
 meta_repeats = 0                        # and again so many times: runs of a judge differ
 out = ""                                # pairs file to write (JSONL); of meta, the numbers (JSON)
@@ -58,6 +59,8 @@ max_pairs = 10                          # pairs per prompt at most (right_wrong;
 tier = 0.2                              # share of the scores' range at top and bottom (short_long)
 min_gap = 0.0                           # smallest difference of scores in a pair
 max_length_gap = 0                      # largest difference of lengths in a pair; 0: any
+other_pairs = ""                        # pairs that other policies wrote, mixed in (SimpleMix)
+other_share = 0.5                       # their share of all pairs
 drop_hardest = 0.0                      # share of prompts dropped, those of the lowest mean score
 max_response_tokens = 2016              # longer ones are left out (AIPO: 2,016, of 2,048 generated)
 drop_unfinished = True                  # leave out responses that were cut at the engine's limit
@@ -93,7 +96,7 @@ COUNTS = (
     "unfinished", "too_long", "empty",
     "fewer_than_two", "identical", "tied",
     "unjudged", "hardest",
-    "gap", "length_gap", "url",
+    "gap", "length_gap", "url", "other_pairs",
 )
 # fmt: on
 URL = re.compile(r"https?://|www\.")
@@ -116,12 +119,30 @@ def why_left_out(response, drop_unfinished, max_response_tokens):
     return None
 
 
-def read_competitors(path, counts, *, drop_unfinished, max_response_tokens, **_):
+def read_weaker(path):
+    """{prompt id: row} of a weaker model's candidates, their responses marked as its."""
+    rows = {}
+    dropped = Dropped()
+    for _, row in read_candidates(path, dropped):
+        for response in row["responses"]:
+            response["is_weaker"] = True
+            response.pop("ids", None)  # another model's: pairs with its responses are texts
+        rows[row["id"]] = row
+    if dropped.counts:
+        print0(f"{path}: {dropped}")
+    return rows
+
+
+def read_competitors(path, counts, *, drop_unfinished, max_response_tokens, weaker="", **_):
     """[(record without `responses`, the responses that compete)] of this process's prompts.
 
-    Counts the other responses by their reason, and rows that cannot be used by theirs. Raises
-    InputError where no process has a prompt.
+    weaker: candidates of a weaker model, whose responses join those of the same prompt id. Counts
+    the other responses by their reason, and rows that cannot be used by theirs. Raises InputError
+    where no process has a prompt, or one id is that of two prompts.
     """
+    weaker_rows = {}
+    if weaker:
+        weaker_rows = read_weaker(weaker)
     competitors = []
     n_prompts = 0
     dropped = Dropped()
@@ -130,8 +151,20 @@ def read_competitors(path, counts, *, drop_unfinished, max_response_tokens, **_)
         n_prompts += 1
         if not is_mine:
             continue
+
+        # a weaker model's responses to the same prompt
+        responses = row.pop("responses")
+        other = weaker_rows.get(row["id"])
+        if other and other["prompt"] != row["prompt"]:
+            raise InputError(
+                f"--weaker={weaker}: '{row['id']}' is the id of another prompt there; "
+                "join the candidates of the same prompts, with ids of their own"
+            )
+        if other:
+            responses += other["responses"]
+
         competing = []
-        for response in row.pop("responses"):
+        for response in responses:
             reason = why_left_out(response, drop_unfinished, max_response_tokens)
             if reason:
                 counts[reason] += 1
@@ -147,6 +180,22 @@ def read_competitors(path, counts, *, drop_unfinished, max_response_tokens, **_)
     if RANK == 0:  # every process reads all rows; the first counts for all
         counts.update(dropped.counts)
     return competitors
+
+
+def labels_by_model(competitors, reward_temperature):
+    """Labels without a ranker: a weaker model's responses lose (delta learning, 2507.06187).
+
+    What both models wrote is the stronger one's, whose responses come first.
+    """
+    from nanoaipo.judges import from_rewards  # it imports torch
+
+    labels = []
+    for _, responses in competitors:
+        rewards = []
+        for k in first_of_each_text(responses).values():
+            rewards.append(float("is_weaker" not in responses[k]))
+        labels.append(from_rewards(rewards, reward_temperature))
+    return labels
 
 
 # -------------------------------------------------------------------------------- pair rules
@@ -363,6 +412,38 @@ def pairs_of(
             }
 
 
+def mix_in(pairs, path, share, seed):
+    """(As many pairs in random order, this share of them the file's; their number).
+
+    SimpleMix (2505.02363): ours make room for theirs. Raises InputError if the file has too few.
+    """
+    others = []
+    dropped = Dropped()
+    for n, (where, row) in enumerate(read_records(path)):
+        if n % WORLD_SIZE != RANK:
+            continue
+        try:
+            row["prompt"], (chosen, rejected) = responses_of_pair(where, row)
+        except UnusableRow as e:
+            dropped.add(e.reason, e)
+            continue
+        has_ids = "prompt_ids" in row and "ids" in chosen and "ids" in rejected
+        others.append(pair_record(row, chosen, rejected, has_ids))
+
+    if dropped.counts:
+        print0(f"{path}: {dropped}")
+    n_others = round(share * len(pairs))
+    if len(others) < n_others:
+        raise InputError(
+            f"--other_pairs={path}: of {len(pairs)} pairs {n_others} have to be its own, and it "
+            f"has {len(others)} that can be used; lower --other_share"
+        )
+    rng = random.Random(derive_seed(seed, "other_pairs", RANK))
+    mixed = rng.sample(pairs, len(pairs) - n_others) + rng.sample(others, n_others)
+    rng.shuffle(mixed)
+    return mixed, n_others
+
+
 # -------------------------------------------------------------------------------- summary
 
 
@@ -474,6 +555,8 @@ def check_settings():
         raise InputError(f"--tier={tier}: from 0 to below 0.5, or top and bottom overlap")
     if not 0 <= drop_hardest < 1:
         raise InputError(f"--drop_hardest={drop_hardest}: a share, from 0 to below 1")
+    if not 0 <= other_share <= 1:
+        raise InputError(f"--other_share={other_share}: a share, from 0 to 1")
     compares_prompts = ranker in ("reward", "answer")
     if ranker == "judge" and judge_mode != "pairwise":
         compares_prompts = True
@@ -537,9 +620,10 @@ def main():
         data = "meta"
         suffix = ".json"
     inputs = [data, "ranker_model", *models]
-    if ranker == "answer":  # reads no model
+    if ranker == "answer" or weaker:  # reads no model
         settings["ranker_model"] = ""
         inputs = [data]
+    inputs += [key for key in ("weaker", "other_pairs") if config[key]]
     manifest = open_stage(out, suffix, settings | models, *inputs)
     if manifest is None:
         return
@@ -555,11 +639,14 @@ def main():
     # scores and log-odds of each prompt's distinct texts; torch is imported only now
     from nanoaipo.rankers import load_ranker, who_answered
 
-    rank = load_ranker(ranker, settings["ranker_model"], settings, counts)
-    rows = []
-    for row, responses in competitors:
-        rows.append(row | {"texts": list(first_of_each_text(responses))})
-    labels = list(rank(rows))
+    if weaker:
+        labels = labels_by_model(competitors, reward_temperature)
+    else:
+        rank = load_ranker(ranker, settings["ranker_model"], settings, counts)
+        rows = []
+        for row, responses in competitors:
+            rows.append(row | {"texts": list(first_of_each_text(responses))})
+        labels = list(rank(rows))
 
     # what the rule makes of them
     hardest = set()
@@ -576,10 +663,15 @@ def main():
     if not pairs and WORLD_SIZE == 1:  # of several processes another may have some
         raise InputError(f"{candidates}: not one pair; {counts_text}")
 
+    # the summary tells of our own pairs
+    manifest["summary"] = summary(pairs)
+    if other_pairs:
+        pairs, counts["other_pairs"] = mix_in(pairs, other_pairs, other_share, seed)
+
     # one file, or this process's shard of it
     manifest["counts"] = dict(counts)
-    manifest["served"] = who_answered(ranker, settings["ranker_model"], settings)
-    manifest["summary"] = summary(pairs)
+    if not weaker:
+        manifest["served"] = who_answered(ranker, settings["ranker_model"], settings)
     with open_output(out, manifest) as write:
         for pair in pairs:
             write(pair)

@@ -825,6 +825,149 @@ def test_several_processes_are_told_that_none_of_them_knows_the_hardest_prompts(
     assert "each process sees only its prompts; rank in one" in done.stderr
 
 
+# -------------------------------------------------------------------------------- other policies
+
+
+def two_models():
+    """Candidates of a stronger and a weaker model: all cases, the second file in another order."""
+    ask = [{"role": "user", "content": "2 + 2"}]
+    stronger = {
+        "both": [response("four"), response("4")],
+        "same": [response("four")],
+        "one": [response("four")],
+        "cut": [response("four")],
+        "shared": [response("four"), response("so 4")],
+    }
+    weaker = {
+        "shared": [response("so 4"), response("five")],
+        "cut": [response("five", finished=False)],
+        "same": [response("four")],
+        "both": [response("five"), response("six")],
+    }
+    files_of_both = []
+    for by_id in (stronger, weaker):
+        rows = []
+        for name, responses in by_id.items():
+            rows.append({"id": name, "prompt": ask, "prompt_ids": [1], "responses": responses})
+        files_of_both.append(rows)
+    return files_of_both
+
+
+def texts_of(pair):
+    return pair["chosen"][0]["content"], pair["rejected"][0]["content"]
+
+
+def test_the_responses_of_a_weaker_model_lose_without_a_ranker(tmp_path):
+    stronger, weaker = two_models()
+    arguments = [
+        f"--candidates={write_rows(tmp_path / 's.jsonl', *stronger)}",
+        f"--weaker={write_rows(tmp_path / 'w.jsonl', *weaker)}",
+        "--ranker_model=no/such/model",
+    ]
+
+    done = run("rank.py", *arguments, "--pair_rule=right_wrong", f"--out={tmp_path}/p.jsonl")
+
+    assert done.returncode == 0, done.stderr
+    pairs = read_list(tmp_path / "p.jsonl")
+    assert [(pair["id"], *texts_of(pair)) for pair in pairs] == [
+        ("both", "four", "five"),
+        ("both", "4", "six"),
+        ("both", "four", "six"),
+        ("both", "4", "five"),
+        # what both wrote is the stronger one's
+        ("shared", "four", "five"),
+        ("shared", "so 4", "five"),
+    ]
+    for pair in pairs:
+        assert pair["z"] == 1
+        # ids would be those of two models
+        assert not any(key.endswith(("_ids", "_logp")) for key in pair)
+    counts = read_manifest(tmp_path / "p.manifest.json")["counts"]
+    assert (counts["prompts"], counts["unfinished"], counts["identical"]) == (5, 1, 1)
+    assert counts["fewer_than_two"] == 2  # those that one model alone has answered
+
+    # every process finds the weaker model's responses to its own prompts
+    two = tmp_path / "two.jsonl"
+    done = torchrun(2, "rank.py", *arguments, "--pair_rule=right_wrong", f"--out={two}")
+    assert done.returncode == 0, done.stderr
+    assert sorted(map(texts_of, read_list(two))) == sorted(map(texts_of, pairs))
+
+
+def test_an_id_that_is_another_prompt_of_the_weaker_model_is_refused(tmp_path):
+    stronger = [{"prompt": "2 + 2", "responses": ["4"]}]  # its id is its number
+    weaker = [{"prompt": "3 + 3", "responses": ["6"]}]
+
+    done = run(
+        "rank.py",
+        f"--candidates={write_rows(tmp_path / 's.jsonl', *stronger)}",
+        f"--weaker={write_rows(tmp_path / 'w.jsonl', *weaker)}",
+        f"--out={tmp_path}/p.jsonl",
+    )
+
+    assert done.returncode == 1
+    assert "w.jsonl: '0' is the id of another prompt there" in done.stderr
+
+
+def pairs_of_others():
+    """Three pairs in layouts of others, one of them with ids, and a row that is none."""
+    ask = [{"role": "user", "content": "2 + 2"}]
+    ids = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
+    return [
+        {"id": "trl", "prompt": "2 + 2", "chosen": "other 4", "rejected": "other 5"},
+        {"id": "ids", "prompt": ask, "chosen": "other 4", "rejected": "other 5", "z": 2.0, **ids},
+        {"id": "orca", "system": "Add.", "question": "2 + 2", "chosen": "4!", "rejected": "5!"},
+        {"id": "none", "prompt": "2 + 2", "chosen": "other 4"},
+    ]
+
+
+@pytest.mark.parametrize("share, n_others", [(0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3)])
+def test_others_pairs_take_their_share_of_as_many_pairs(share, n_others, tmp_path):
+    path = write_rows(tmp_path / "c.jsonl", *prompts_of_known_difficulty())
+    others = write_rows(tmp_path / "others.jsonl", *pairs_of_others())
+    arguments = ["--ranker=answer", f"--candidates={path}", f"--other_pairs={others}"]
+
+    done = run("rank.py", *arguments, f"--other_share={share}", f"--out={tmp_path}/p.jsonl")
+
+    assert done.returncode == 0, done.stderr
+    pairs = {pair["id"]: pair for pair in read_list(tmp_path / "p.jsonl")}
+    theirs = {name: pair for name, pair in pairs.items() if name in ("trl", "ids", "orca")}
+    assert len(pairs) == 4
+    assert len(theirs) == n_others
+    manifest = read_manifest(tmp_path / "p.manifest.json")
+    assert manifest["counts"]["pairs"] == 4
+    assert manifest["counts"]["other_pairs"] == n_others
+    assert manifest["summary"]["gap"] == 1  # ours, before they make room
+
+    # each as training reads it
+    for pair in theirs.values():
+        assert pair["prompt"][-1] == {"role": "user", "content": "2 + 2"}
+        assert pair["chosen"][0]["role"] == pair["rejected"][0]["role"] == "assistant"
+    if "ids" in theirs:
+        assert theirs["ids"]["chosen_ids"] == [2]
+        assert theirs["ids"]["z"] == 2
+
+    # the same seed, the same mix
+    done = run("rank.py", *arguments, f"--other_share={share}", f"--out={tmp_path}/q.jsonl")
+    assert read_list(tmp_path / "q.jsonl") == read_list(tmp_path / "p.jsonl")
+
+
+def test_too_few_pairs_of_others_are_told_with_what_was_dropped(tmp_path):
+    path = write_rows(tmp_path / "c.jsonl", *prompts_of_known_difficulty())
+    others = write_rows(tmp_path / "others.jsonl", *pairs_of_others())
+    arguments = ["--ranker=answer", f"--candidates={path}", f"--other_pairs={others}"]
+
+    done = run("rank.py", *arguments, "--other_share=1.0", f"--out={tmp_path}/p.jsonl")
+
+    assert done.returncode == 1
+    assert "of 4 pairs 4 have to be its own, and it has 3 that can be used" in done.stderr
+    assert "1 row dropped: 1 no_responses" in done.stdout
+    assert "others.jsonl:4" in done.stdout
+    assert not (tmp_path / "p.jsonl").exists()
+
+    done = run("rank.py", *arguments, "--other_share=1.5", f"--out={tmp_path}/p.jsonl")
+    assert "--other_share=1.5: a share, from 0 to 1" in done.stderr
+
+
 # ---------------------------------------------------------------------------------------- thoughts
 
 
