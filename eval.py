@@ -18,7 +18,6 @@ Rates are in percent, intervals of 95 %.
 
 import collections
 import math
-import re
 import time
 
 import numpy as np
@@ -26,8 +25,7 @@ import numpy as np
 from configurator import configure, run_script
 from nanoaipo.chat import template_arguments
 from nanoaipo.errors import InputError
-from nanoaipo.following import instructions_of, share_followed
-from nanoaipo.grading import is_right
+from nanoaipo.guard import GUARDS, NO_GUARD, guard_interval, guard_scores, lies_above
 from nanoaipo.prompts import read_candidates
 from nanoaipo.responses import answer_length
 from nanoaipo.served import served_fields, served_scores, with_served
@@ -99,6 +97,8 @@ def evaluate_win_rate():
         truth += f"accuracy {text['accuracy']} %, "
     if scores["followed"] is not None:
         truth += f"followed {text['followed']} % (share {text['followed_share']} %), "
+    if not truth:
+        print(NO_GUARD)
     print(
         f"win rate {text['win_rate']} % ({text['win_rate_ci']}), "
         f"length-controlled {text['lc_win_rate']} %, {truth}"
@@ -110,6 +110,21 @@ def evaluate_win_rate():
             f"LENGTH ALARM: answers are {ratio:.1f} times as long as the baseline's; "
             "judges like length, so do not read this win rate as quality"
         )
+    print_guard_alarms(scores)
+
+
+def print_guard_alarms(scores):
+    """Say where the answers beat the baseline's before the judge and fall behind them in truth."""
+    before = scores["guard_of_baseline"]
+    if not lies_above(scores["win_rate_ci"], [50, 50]):
+        return
+    for guard in GUARDS:
+        if lies_above(guard_interval(before, guard), guard_interval(scores, guard)):
+            print(
+                f"GUARD ALARM: win rate rises, guard falls: the judge prefers these answers "
+                f"({scores['win_rate']:.1f} % wins), but {guard} is {scores[guard]:.1f} %, and "
+                f"{before[guard]:.1f} % in the baseline's; their intervals do not touch"
+            )
 
 
 def join_answers(answers, baseline):
@@ -202,13 +217,11 @@ def score_answers(prompts, ours, theirs, won):
         lengths = np.array([len(response["text"]) for response in ours])  # (N,)
         baseline_lengths = np.array([len(response["text"]) for response in theirs])  # (N,)
 
-    right, shares = grade_answers(prompts, ours)
     scores = {"n": len(judged), "invalid": len(won) - len(judged)}
+    scores |= guard_scores(prompts, ours)
+    scores["guard_of_baseline"] = guard_scores(prompts, theirs)
     measured = {
         "win_rate": 100 * judged,
-        "accuracy": [100 * value for value in right],
-        "followed": [100 * (share == 1) for share in shares],
-        "followed_share": [100 * share for share in shares],
         "length": lengths,
         "finished": [100 * response.get("finished", True) for response in ours],
     }
@@ -220,32 +233,6 @@ def score_answers(prompts, ours, theirs, won):
     scores["length_unit"] = unit
     scores["baseline_length"] = float(baseline_lengths.mean())
     return scores | variety([response["text"] for response in ours])
-
-
-def grade_answers(prompts, responses):
-    """What the prompts' `answer` says of the responses: (whether right, shares of instructions).
-
-    A response is in the second list, with the share that it follows, where its prompt's `answer`
-    lists instructions, else in the first. Prompts without `answer` are in neither.
-    """
-    right = []
-    shares = []
-    for prompt, response in zip(prompts, responses):
-        if prompt.get("answer") is None:
-            continue
-        try:
-            instructions = instructions_of(prompt["answer"])
-            if instructions is None:
-                right.append(is_right(response["text"], prompt["answer"]))
-            else:
-                shares.append(share_followed(response["text"], instructions))
-        except (LookupError, TypeError, re.error) as e:
-            reason = f"{type(e).__name__}: {e}"
-            raise InputError(
-                f"prompt '{prompt['id']}': its 'answer' is not as nanoaipo/grading.py has it "
-                f"({reason})"
-            ) from e
-    return right, shares
 
 
 # ---- benchmarks ----

@@ -242,6 +242,39 @@ def test_instructions_are_counted_beside_right_answers_and_can_evaluate(tmp_path
     printed = capsys.readouterr().out
     assert "accuracy" not in printed
     assert "followed" not in printed
+    assert "no guard: no prompt carries an 'answer'" in printed
+
+
+def test_a_win_rate_above_half_with_a_lower_guard_raises_an_alarm(tmp_path, capsys):
+    """By a judge that likes length, as the one of tests/test_judge.py does."""
+    n = 12
+    truth = [{"follow": [{"at_most_words": 2}]}] * n + ["cat"] * n
+    short = [f"one {k}" for k in range(n)] + [f"the cat {k}" for k in range(n)]
+    long = [f"{k} and many more words" for k in range(n)] + [
+        f"a much longer dog {k}" for k in range(n)
+    ]
+    good = write_answers(tmp_path / "a.jsonl", short, answer=truth)
+    bad = write_answers(tmp_path / "b.jsonl", long, answer=truth)
+    server = Judge()
+    settings = {"eval_ranker": "judge", "eval_ranker_model": "gpt-j", "judge_url": server.url}
+
+    scores = rate(tmp_path, bad, good, **settings)
+    printed = capsys.readouterr().out
+
+    assert scores["win_rate"] == 100
+    assert (scores["n_accuracy"], scores["n_followed"]) == (n, n)
+    before = scores["guard_of_baseline"]
+    assert (before["accuracy"], before["followed"], scores["accuracy"]) == (100, 100, 0)
+    for guard in ("accuracy", "followed"):
+        assert f"(100.0 % wins), but {guard} is 0.0 %, and 100.0 % in the baseline's" in printed
+
+    rate(tmp_path, good, bad, **settings)
+    assert "GUARD ALARM" not in capsys.readouterr().out
+
+    # three prompts are too few to tell
+    few = write_answers(tmp_path / "c.jsonl", long[:3], answer=truth[:3])
+    rate(tmp_path, few, good, **settings)
+    assert "GUARD ALARM" not in capsys.readouterr().out
 
 
 def test_the_right_answer_evaluates_without_a_model_and_wants_an_answer(tmp_path, answers):

@@ -543,6 +543,96 @@ def test_a_long_answer_is_cut_and_says_so(tmp_path):
     assert "5,004 more characters" in page.text
 
 
+# ---- the guard ----
+
+
+def build_guarded_run(folder, values, guard="accuracy", **other):
+    """A run whose iterations have (win rate, guard), all of them with intervals of 2 around."""
+    build_run(folder, T=len(values) - 1, n=4)
+    for t, (wins, truth) in enumerate(values):
+        scores = {"win_rate": wins, "win_rate_ci": [wins - 2, wins + 2]}
+        scores |= {guard: truth, guard + "_ci": [truth - 2, truth + 2]}
+        write_json(folder / f"iter_{t}" / "eval.json", evaluation(t, **scores) | other)
+    return folder
+
+
+def guard_lines(printed):
+    return [line for line in printed.splitlines() if line.startswith("GUARD ALARM")]
+
+
+@pytest.mark.parametrize("guard", ["accuracy", "followed"])
+def test_a_win_rate_that_rises_while_the_guard_falls_is_named_with_numbers(tmp_path, guard):
+    values = [(50, 78), (60, 90), (70, 89), (80, 84)]
+    same = {"accuracy_ci": None} if guard == "followed" else {}
+    run = build_guarded_run(tmp_path / "run", values, guard, **same)
+
+    printed, page = make_report(run)
+
+    # iteration 2 is within the noise of iteration 1, iteration 3 is below it and above iteration 0
+    sentence = (
+        "from t = 1 to t = 3 the win rate by pairrm judge-A rose from 60.0% to 80.0%, "
+        f"but {guard} fell from 90.0% to 84.0%"
+    )
+    assert guard_lines(printed) == [f"GUARD ALARM: run: win rate rises, guard falls: {sentence}"]
+    assert f"run {sentence}" in page.text
+    column = page.tables[0][1].index(guard)
+    cells = [row[column] for row in page.tables[0][2:]]
+    assert cells[3] == "84.0% falls82.0 – 86.0%"
+    assert cells[2] == f"{values[2][1]}.0%87.0 – 91.0%"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [(50, 80), (60, 76)],  # the guard's intervals touch
+        [(50, 80), (54, 60)],  # those of the win rates do
+        [(60, 80), (50, 60)],  # both fall
+        [(50, 80), (60, 90)],  # both rise
+    ],
+)
+def test_what_may_be_noise_or_is_no_contradiction_raises_no_guard_alarm(tmp_path, values):
+    printed, page = make_report(build_guarded_run(tmp_path / "run", values))
+
+    assert not guard_lines(printed)
+    assert not page.has_banner()
+
+
+@pytest.mark.parametrize("n, alarmed", [(3, False), (300, True)])
+def test_answers_that_are_all_right_or_all_wrong_alarm_only_if_they_are_many(tmp_path, n, alarmed):
+    run = build_guarded_run(tmp_path / "run", [(50, 100), (70, 0)], n_accuracy=n)
+    for t, truth in enumerate((100, 0)):
+        path = run / f"iter_{t}" / "eval.json"
+        scores = json.loads(path.read_text())
+        write_json(path, scores | {"accuracy_ci": [truth, truth]})
+
+    printed, _ = make_report(run)
+
+    assert bool(guard_lines(printed)) is alarmed
+
+
+def test_two_judges_of_the_same_answers_raise_one_guard_alarm(tmp_path):
+    run = build_guarded_run(tmp_path / "run", [(50, 80), (60, 70)])
+    for t in (0, 1):
+        scores = json.loads((run / f"iter_{t}" / "eval.json").read_text())
+        write_json(run / f"iter_{t}" / "other.json", scores | {"judge": "another"})
+
+    printed, _ = make_report(run)
+
+    assert len(guard_lines(printed)) == 1
+
+
+def test_a_run_without_any_guard_says_so(two, tmp_path):
+    _, printed, page = two
+    assert "no guard" not in printed
+    assert "no guard" not in page.text
+
+    run = build_run(tmp_path / "blind", T=1, accuracy=None, accuracy_ci=None)
+    printed, page = make_report(run)
+
+    assert "blind: no guard: no prompt carries an 'answer'" in printed
+    assert "blind: no guard: no prompt carries an 'answer'" in page.text
+
+
 # ---- several judges ----
 
 

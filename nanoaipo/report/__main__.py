@@ -7,8 +7,8 @@
 
 Win rate is the judge's word, against the first policy; accuracy the truth where prompts carry
 answers, "followed" and "share followed" where they carry instructions: all of a prompt's, and their
-share. The figures are AIPO's (2409.08845). Benchmarks' scores (eval.py --bench=...) show up too if
-they lie in iter_T/.
+share. An alarm says where the first rises while the truth falls. The figures are AIPO's
+(2409.08845). Benchmarks' scores (eval.py --bench=...) show up too if they lie in iter_T/.
 """
 
 import os
@@ -19,6 +19,8 @@ import matplotlib.pyplot as plt
 
 from configurator import SCRIPTS, declared, literals, run_script
 from nanoaipo.errors import InputError
+from nanoaipo.guard import NO_GUARD
+from nanoaipo.report.alarms import guard_alarms, without_guard
 from nanoaipo.report.figures import RC, draw_pngs, run_style
 from nanoaipo.report.page import render_page
 from nanoaipo.report.runs import (
@@ -103,6 +105,13 @@ def print_table(runs):
             cells.append(f"{format_number(value, column.field):>{len(head)}}")
         print(f"{name:{width}}  {t:2d}  " + "  ".join(cells))
     print("\n".join(lines.values()))
+
+    # what the win rates do not say
+    for name, sentences in guard_alarms(runs).items():
+        for sentence in sentences:
+            print(f"GUARD ALARM: {name}: win rate rises, guard falls: {sentence}")
+    for name in without_guard(runs):
+        print(f"{name}: {NO_GUARD}")
 
 
 if __name__ == "__main__":

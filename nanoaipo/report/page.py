@@ -10,6 +10,14 @@ import os
 import jinja2
 import numpy as np
 
+from nanoaipo.guard import NO_GUARD
+from nanoaipo.report.alarms import (
+    guard_alarms,
+    guard_falls,
+    length_alarm,
+    length_alarms,
+    without_guard,
+)
 from nanoaipo.report.figures import (
     MARKS,
     MAX_DOTS,
@@ -27,12 +35,10 @@ from nanoaipo.report.runs import (
     all_iterations,
     columns,
     format_number,
-    is_number,
     judge_lines,
     title,
 )
 from nanoaipo.report.similarity import MAX_PAIRS, similarities
-from nanoaipo.stats import LENGTH_ALARM
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 MAX_PROMPTS = 5  # prompts of which a run's answers are on the page
@@ -51,7 +57,8 @@ def render_page(runs):
     )
     return environment.get_template("page.html").render(
         names=", ".join(runs),
-        alarms=length_alarms(runs),
+        length_alarms=length_alarms(runs),
+        guard_alarms=guard_alarms(runs),
         results=results(runs),
         figures=drawn_figures(runs),
         pairs=pairs_table(runs),
@@ -92,34 +99,6 @@ def group_columns(headings):
     return groups
 
 
-def length_alarm(scores):
-    """How many times as long as the baseline's the answers are, if alarmingly long; else None.
-
-    As {"ratio", "length", "baseline", "unit"}.
-    """
-    units = [unit for unit in LENGTH if is_number(scores.get(unit)) and scores[unit]]
-    baseline = scores.get("baseline_length")
-    if not units or not is_number(baseline) or not baseline:
-        return None
-    unit = units[0]
-    length = scores[unit]
-    if length <= LENGTH_ALARM * baseline:
-        return None
-    return {"ratio": length / baseline, "length": length, "baseline": baseline, "unit": unit}
-
-
-def length_alarms(runs):
-    """{name: alarms of its iterations}: those of length_alarm, with their "t"."""
-    alarms = {}
-    for name, t, iteration in all_iterations(runs):
-        found = [length_alarm(scores) for scores in iteration["scores"].values()]
-        found = [alarm for alarm in found if alarm]
-        if found:
-            # two judges have read the same answers, so one of them is enough
-            alarms.setdefault(name, []).append(found[0] | {"t": t})
-    return alarms
-
-
 def score_cell(scores, field):
     """A number with its 95 % interval, and with an alarm where it is an alarming length."""
     cell = {"value": format_number(scores.get(field), field), "alarm": "", "interval": ""}
@@ -140,6 +119,8 @@ def results(runs):
     return {
         "table": scores_table(runs, lines),
         "judges": list(lines.values()),
+        "without_guard": ", ".join(without_guard(runs)),
+        "no_guard": NO_GUARD,
         "categories": [(source.bench, found) for source, found in categories.items() if found],
     }
 
@@ -151,6 +132,11 @@ def scores_table(runs, lines):
         scores = iteration["scores"]
         if scores:
             cells[name, t] = [score_cell(scores.get(c.source, {}), c.field) for c in shown]
+
+    # where the win rate rose and the guard fell
+    for name, run in runs.items():
+        for t, guard, _, _ in guard_falls(run):
+            cells[name, t][shown.index(guard)]["alarm"] = "falls"
 
     # above the columns of a judge: benchmark, number of the judge's line, judge
     headings = []
