@@ -277,8 +277,17 @@ def evaluate_benchmark():
     write_json_output(out, manifest, scores)
 
     for key, value in scores.items():
-        print(f"{key:>18}  {format_score(value)}")
+        print_score(key, value)
     print(f"{'':>18}  -> {out}")
+
+
+def print_score(key, value):
+    """A line of the table; categories with several scores each have a line of their own."""
+    if key == "categories" and isinstance(next(iter(value.values()), None), dict):
+        for name, part in value.items():
+            print(f"{name:>18}  {format_score(part)}")
+    else:
+        print(f"{key:>18}  {format_score(value)}")
 
 
 def ask_for_judgments(benchmark):

@@ -20,6 +20,7 @@ from benchmark_files import (
     succeed,
     write,
 )
+from conftest import run
 
 from nanoaipo.benchmarks import arena_hard
 from nanoaipo.errors import InputError
@@ -98,6 +99,54 @@ def test_arena_hard_2_leaves_out_the_question_and_reads_what_0_1_does_not(tmp_pa
     assert (scores["n"], scores["invalid"]) == (3, 1)
     parts = {name: (part["n"], part["win_rate"]) for name, part in scores["categories"].items()}
     assert parts == {"hard_prompt": (1, 100), "creative_writing": (2, pytest.approx(75))}
+
+
+def category_rows(games, kinds):
+    """Records of v2.0: {key: games} and a category for each."""
+    rows = arena(**games)
+    for row, kind in zip(rows, kinds, strict=True):
+        row["uid"] = row.pop("question_id")
+        row["category"] = kind
+    return rows
+
+
+def test_the_categories_of_arena_hard_2_are_never_one_number_unsaid(tmp_path, capsys):
+    games = {"a": ("A<B", "A>B"), "b": (None, "A>>B"), "c": ("A=B", "A=B")}
+    kinds = ("hard_prompt", "creative_writing", "hard_prompt")
+    judgments = write(tmp_path / "j.jsonl", category_rows(games, kinds))
+    uids = ("a", "b", "c")
+    answers = write(tmp_path / "answers.jsonl", [answer_2(uid, "m", "text") for uid in uids])
+
+    scores = score("arena_hard", judgments, answers=answers)
+
+    # a category without any verdict is there, too
+    hard, creative = (scores["categories"][kind] for kind in ("hard_prompt", "creative_writing"))
+    assert (hard["n"], hard["invalid"], hard["win_rate"]) == (2, 0, 75)
+    assert (creative["n"], creative["invalid"], creative["win_rate"]) == (0, 1, None)
+    assert (hard["avg_tokens"], creative["avg_tokens"]) == (8, 8)
+    assert "of all categories together" in scores["pooled"]
+
+    # the same file with one category has no number of all
+    rows = [row for row in category_rows(games, kinds) if row["category"] == "hard_prompt"]
+    scores = score("arena_hard", write(tmp_path / "hard.jsonl", rows))
+    assert (scores["category"], scores["win_rate"], scores["n"]) == ("hard_prompt", 75, 2)
+    assert "pooled" not in scores
+    assert "category" not in score("arena_hard", write(tmp_path / "v1.jsonl", arena(**games)))
+
+
+def test_the_table_has_a_line_for_each_category(tmp_path):
+    games = {"a": ("A<B", "A>B"), "b": ("A=B", "A=B")}
+    rows = category_rows(games, ("hard_prompt", "creative_writing"))
+    judgments = write(tmp_path / "j.jsonl", rows)
+
+    done = run("eval.py", bench="arena_hard", judgments=judgments, out=tmp_path / "s.json")
+
+    lines = [line.split("  ") for line in done.stdout.splitlines()]
+    table = {line[-2].strip(): line[-1] for line in lines if len(line) > 1}
+    assert table["hard_prompt"].startswith("invalid 0, n 1, win_rate 100.00, ci 100.00 to 100.00")
+    assert table["creative_writing"].startswith("invalid 0, n 1, win_rate 50.00")
+    names = list(table)
+    assert names.index("pooled") == names.index("win_rate") - 2  # said before the number
 
 
 def test_the_bootstrap_draws_questions(tmp_path):

@@ -733,6 +733,65 @@ def test_two_models_that_answered_to_one_name_never_share_a_column(tmp_path):
     assert "win_rate, judge: judge gpt-x (served gpt-x-2025); date 2026-11-21" in printed
 
 
+# half of Arena-Hard v2.0's categories has no verdict in the second iteration
+ARENA_2 = {
+    "bench": "arena_hard",
+    "judge": "gpt-4.1",
+    "served_model": "gpt-4.1-2025-04-14",
+    "date": "2026-11-20",
+    "invalid": 3,
+    "categories": {
+        "creative_writing": {"invalid": 1, "n": 249, "win_rate": 12.0, "ci": [9.5, 14.5]},
+        "hard_prompt": {"invalid": 2, "n": 498, "win_rate": 4.0, "ci": [3.0, 5.5]},
+    },
+    "pooled": "what follows is of all categories together",
+    "win_rate": 99.9,
+    "n": 747,
+}
+
+
+def test_categories_with_scores_of_their_own_have_a_column_each_and_none_together(tmp_path):
+    run = build_run(tmp_path / "run", T=2)
+    write_json(run / "iter_1" / "arena.json", ARENA_2)
+    unread = {"invalid": 500, "n": 0, "win_rate": None, "ci": None}
+    categories = {"creative_writing": unread, "hard_prompt": ARENA_2["categories"]["hard_prompt"]}
+    write_json(run / "iter_2" / "arena.json", ARENA_2 | {"categories": categories})
+
+    printed, page = make_report(run)
+
+    judge = "gpt-4.1 (served gpt-4.1-2025-04-14)"
+    groups = [group.strip() for group in page.tables[0][0]]
+    assert f"arena_hard creative_writing [2] {judge}" in groups
+    assert f"arena_hard hard_prompt [3] {judge}" in groups
+    head, _, first, second = page.tables[0][1:]
+    places = [place for place, heading in enumerate(head) if heading == "win rate"]
+    assert [first[place] for place in places[1:]] == ["12.0%9.5 – 14.5%", "4.0%3.0 – 5.5%"]
+    assert [second[place] for place in places[1:]] == ["-", "4.0%3.0 – 5.5%"]
+    assert "99.9" not in page.text
+    assert "99.9" not in printed
+
+    # n and invalid replies of each iteration where they differ
+    line = f"arena_hard creative_writing, judge: {judge}; date 2026-11-20; "
+    line += "n 249 (run t = 1), 0 (run t = 2); invalid replies: 1 (run t = 1), 500 (run t = 2)"
+    assert line in printed
+    assert line in page.text
+    titles = re.findall(r"<div><p>(.*?)</p><svg", page.raw)
+    assert f"win rate %, arena_hard hard_prompt by {judge}" in titles
+
+
+def test_the_printed_table_has_half_of_each_interval_below_its_number(two):
+    _, printed, _ = two
+    lines = printed.splitlines()
+    place = next(k for k, line in enumerate(lines) if line.split()[:2] == ["aipo", "1"])
+    head, below = lines[0], lines[place + 1]
+
+    assert below.split() == ["±2.0", "±3.0", "±2.0", "±0.5", "±1", "±0.02", "±0.02"]
+    for name, margin in (("win rate", "±2.0"), ("self-sim.", "±0.02")):
+        end = head.index(name) + len(name)
+        assert below[:end].endswith(margin)
+    assert "±: half the width of a 95 % interval" in lines
+
+
 def test_scores_by_category_have_a_table_of_their_own(judges):
     page = judges[2]
     tables = [table for table in page.tables if table[0] == ["run", "t", "math", "<i>"]]

@@ -57,6 +57,11 @@ def key_of(row):
     return row.get("question_id", row.get("uid"))
 
 
+def category_of(row):
+    """The category of a record's question; v0.1 has but one."""
+    return row.get("category", "all")
+
+
 def model_of(row):
     """The model that a judgment is about; of a battle it is B."""
     if "winner" in row:
@@ -79,9 +84,9 @@ def score(judgments, model, *, answers="", baseline="", pool="", resamples=1000,
 
     As every game is against the baseline, the Bradley-Terry win probability is the weighted share
     of games won. v0.1 leaves out a game without a verdict, v2.0 the whole question. A battles file
-    has the games one by one. model: whose judgments, where the file has several; answers: its
-    answers file, for the tokens. pool: a folder with answers and judgments of other models, for the
-    win rate under style control. Raises InputError.
+    has the games one by one. Each category of v2.0 has scores of its own. model: whose judgments,
+    where the file has several; answers: its answers file, for the tokens. pool: a folder with
+    answers and judgments of other models, for the win rate under style control. Raises InputError.
     """
     rows = list(read_records(judgments))
     rows, model = select_model(rows, model_of, judgments, model)
@@ -96,33 +101,44 @@ def score(judgments, model, *, answers="", baseline="", pool="", resamples=1000,
     if not won:
         raise InputError(f"{judgments}: not one verdict on {model}")
 
-    # v2.0 has two categories, hard prompts and creative writing
-    names = sorted(set(category.values()))
+    # v2.0 has two categories, hard prompts and creative writing, each with a baseline of its own
+    keys = collections.defaultdict(set)
+    for _, row in rows:
+        keys[category_of(row)].add(key_of(row))
+    names = sorted(keys)
+    tokens = read_tokens(answers)
     parts = {}
     for name in names:
         some = [won[key] for key in won if category[key] == name]
-        parts[name] = win_rate(some, resamples)
+        parts[name] = {
+            "invalid": invalid[name],
+            **win_rate(some, resamples),
+            "avg_tokens": mean_tokens([tokens.get(key) for key in keys[name]]),
+        }
 
     if pool:
         by_model = read_pool(pool, judge_name, model) | {model: rows}
         battles = pool_battles(by_model, model, pool, answers, baseline)
         for name in names:
-            parts[name] |= controlled_win_rate(battles[name], model)
+            if parts[name]["n"]:
+                parts[name] |= controlled_win_rate(battles[name], model)
 
-    whole = parts[names[0]]
-    if len(names) > 1:
-        whole = win_rate(list(won.values()), resamples)
     scores = {
         "model": model,
         "judge": judge_name,
         **served_scores(games, judgments),
         "date": last_day(rows),
-        "invalid": invalid,
-        **whole,
-        "avg_tokens": mean_tokens(answers),
+        "invalid": invalid.total(),
     }
     if len(names) > 1:
         scores["categories"] = parts
+        scores["pooled"] = "what follows is of all categories together, which is no published score"
+        scores |= win_rate(list(won.values()), resamples)
+    else:
+        if names != ["all"]:
+            scores["category"] = names[0]
+        scores |= parts[names[0]]
+    scores["avg_tokens"] = mean_tokens(tokens.values())
     if pool:
         scores["pool"] = ", ".join(sorted(by_model))
         scores["pool_sha256"] = pool_hash(pool)
@@ -130,16 +146,16 @@ def score(judgments, model, *, answers="", baseline="", pool="", resamples=1000,
 
 
 def tally(rows):
-    """({key: [won, weight]}, {key: category}, number of games without a verdict) of the questions.
+    """({key: [won, weight]}, {key: category}, Counter of games without a verdict by category).
 
     won: what the model has won of the summed weight of a question's games.
     """
     won = collections.defaultdict(lambda: np.zeros(2))
     category = {}
-    invalid = 0
+    invalid = collections.Counter()
     for _, row in rows:
         games = games_of(row)
-        invalid += games.count(None)
+        invalid[category_of(row)] += games.count(None)
         if "uid" in row and None in games:  # v2.0
             continue
         for game in games:
@@ -147,18 +163,23 @@ def tally(rows):
                 continue
             share, weight = game
             won[key_of(row)] += share * weight, weight
-            category[key_of(row)] = row.get("category", "all")
+            category[key_of(row)] = category_of(row)
     return won, category, invalid
 
 
-def mean_tokens(answers):
-    """Mean tokens of the answers in a file, None without a file or where it does not say."""
+def read_tokens(answers):
+    """{key: tokens, or None where the file does not say} of an answers file; {} without a file."""
     if not answers:
+        return {}
+    return {key: answer.tokens for key, answer in read_answers(answers)[0].items()}
+
+
+def mean_tokens(tokens):
+    """Mean tokens of answers, None without any or where one of them is unknown."""
+    tokens = list(tokens)
+    if not tokens or None in tokens:
         return None
-    lengths = [answer.tokens for answer in read_answers(answers)[0].values()]
-    if None in lengths:
-        return None
-    return int(np.mean(lengths))
+    return int(np.mean(tokens))
 
 
 def games_of(row):
@@ -192,7 +213,9 @@ def without_texts(row):
 
 
 def win_rate(counts, resamples):
-    """Questions, win rate and its interval, of [won, weight] of each question."""
+    """Questions, win rate and its interval, of [won, weight] of each question; None of none."""
+    if not counts:
+        return {"n": 0, "win_rate": None, "ci": None}
     counts = np.array(counts)  # (Q, 2)
 
     # the games of a question hang together, so questions are drawn
@@ -281,7 +304,7 @@ def pool_battles(by_model, model, pool, answers, baseline):
 
 def baseline_of(row):
     """The model that a record compares with: as it says, or its category's."""
-    return row.get("baseline") or row.get("model_a") or BASELINES[row.get("category", "all")]
+    return row.get("baseline") or row.get("model_a") or BASELINES[category_of(row)]
 
 
 # ---- judge ----

@@ -27,6 +27,7 @@ from nanoaipo.report.runs import (
     CONTROL,
     all_iterations,
     columns,
+    format_interval,
     format_number,
     judge_lines,
     load_run,
@@ -92,18 +93,27 @@ def print_table(runs):
         head = title(column.field)
         if len(lines) > 1 and column.source in lines:
             head += lines[column.source].split()[0]
-        heads.append(f"{head:>8}")
-    print(f"{'run':{width}}   t  " + "  ".join(heads))
+        heads.append(head)
 
+    # two lines per iteration: its numbers, and below them half their 95 % intervals
+    table = [("run", "t", heads)]
     for name, t, iteration in all_iterations(runs):
-        scores = iteration["scores"]
-        if not scores:
+        if not iteration["scores"]:
             continue
-        cells = []
-        for head, column in zip(heads, shown):
-            value = scores.get(column.source, {}).get(column.field)
-            cells.append(f"{format_number(value, column.field):>{len(head)}}")
-        print(f"{name:{width}}  {t:2d}  " + "  ".join(cells))
+        numbers = []
+        margins = []
+        for column in shown:
+            scores = iteration["scores"].get(column.source, {})
+            numbers.append(format_number(scores.get(column.field), column.field))
+            margins.append(format_margin(scores, column.field))
+        table.append((name, t, numbers))
+        if any(margins):
+            table.append(("", "", margins))
+
+    for name, t, cells in table:
+        cells = [f"{cell:>{max(8, len(head))}}" for cell, head in zip(cells, heads)]
+        print(f"{name:{width}}  {t:>2}  {'  '.join(cells)}".rstrip())
+    print("±: half the width of a 95 % interval")
     print("\n".join(lines.values()))
 
     # what the win rates do not say
@@ -112,6 +122,14 @@ def print_table(runs):
             print(f"GUARD ALARM: {name}: win rate rises, guard falls: {sentence}")
     for name in without_guard(runs):
         print(f"{name}: {NO_GUARD}")
+
+
+def format_margin(scores, field):
+    """Half the width of a number's 95 % interval as text, "" where it has none."""
+    if not format_interval(scores, field):
+        return ""
+    low, high = scores[field + "_ci"]
+    return "±" + format_number((high - low) / 2, field).strip("+%")
 
 
 if __name__ == "__main__":

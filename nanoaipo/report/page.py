@@ -34,6 +34,7 @@ from nanoaipo.report.runs import (
     STAGES,
     all_iterations,
     columns,
+    format_interval,
     format_number,
     judge_lines,
     title,
@@ -101,14 +102,11 @@ def group_columns(headings):
 
 def score_cell(scores, field):
     """A number with its 95 % interval, and with an alarm where it is an alarming length."""
-    cell = {"value": format_number(scores.get(field), field), "alarm": "", "interval": ""}
+    cell = {"value": format_number(scores.get(field), field), "alarm": ""}
+    cell["interval"] = format_interval(scores, field)
     alarm = length_alarm(scores)
     if alarm and field in LENGTH:
         cell["alarm"] = f"×{alarm['ratio']:.1f}"
-    ends = [format_number(end, field) for end in scores.get(field + "_ci") or ()]
-    if set(ends) - {cell["value"]}:
-        low, high = ends
-        cell["interval"] = f"{low.rstrip('%')} – {high}"
     return cell
 
 

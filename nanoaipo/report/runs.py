@@ -5,7 +5,7 @@ runs = {"tiny_aipo": load_run("out/tiny_aipo", recipe, settings), ...}
 A run has "recipe", "settings" and "iterations", {t: iteration}; load_iteration lists the fields of
 an iteration. A run may be unfinished. Besides eval.json every iter_T/*.json with a "bench" is
 read. What two judges say never shares a column: scores belong to a Source, a benchmark and a judge,
-and two models that answer to one name are two judges.
+and two models that answer to one name are two judges. Two categories share none either.
 """
 
 import collections
@@ -36,6 +36,8 @@ PERFORMANCE = {
     "followed": ("followed", ".1f%"),
     "followed_share": ("share followed", ".1f%"),
     "score": ("score", ".2f"),
+    "wb_score": ("WB-Score", ".1f"),
+    "reward": ("WB-Reward", "+.1f"),
 }
 LENGTH = {
     "tokens": ("tokens", ".1f"),
@@ -87,6 +89,15 @@ def is_percent(field):
     return FIELDS.get(field, (field, ""))[1].endswith("%")
 
 
+def format_interval(scores, field):
+    """The 95 % interval of a number as text, "" where it has none or one of no width."""
+    ends = [format_number(end, field) for end in scores.get(field + "_ci") or ()]
+    if not set(ends) - {format_number(scores.get(field), field)}:
+        return ""
+    low, high = ends
+    return f"{low.rstrip('%')} – {high}"
+
+
 def format_number(value, field):
     """A number as the table prints it, "-" where there is none."""
     if not is_number(value):
@@ -123,14 +134,27 @@ def finished_files(path):
 
 
 def read_scores(path):
-    """What a benchmark's file says, as {field: value}; None if the file is no benchmark's.
+    """What a benchmark's file says, a list of {field: value}; [] if the file is no benchmark's.
 
-    A win rate gets its 95 % interval, a length the name of its unit.
+    Categories that have scores of their own, such as those of Arena-Hard v2.0, are items of the
+    list, and the number of all of them together is none.
     """
     scores = load_json(path)
     if not isinstance(scores, dict) or "bench" not in scores:
-        return None
-    scores.setdefault("judge", "-")
+        return []
+    parts = scores.get("categories") or {}
+    if not any(isinstance(part, dict) for part in parts.values()):
+        return [with_our_names(scores)]
+
+    shared = {
+        key: scores[key] for key in ("bench", "judge", "served_model", "date") if key in scores
+    }
+    return [with_our_names(shared | {"category": name} | part) for name, part in parts.items()]
+
+
+def with_our_names(scores):
+    """Scores in which a win rate has its 95 % interval, a length the name of its unit."""
+    scores = {"judge": "-"} | scores
 
     # Arena-Hard says an interval, AlpacaEval a standard error
     if scores.get("ci"):
@@ -152,22 +176,27 @@ def read_scores(path):
     return scores
 
 
+def source_of(scores):
+    """The benchmark, with its category where it has one, and who judged, by the served name."""
+    bench = str(scores["bench"])
+    if "category" in scores:
+        bench += f" {scores['category']}"
+    judge = with_served(str(scores["judge"]), scores.get("served_model"))
+    return Source(bench.translate(CONTROL), judge.translate(CONTROL))
+
+
 def read_all_scores(folder):
     """{Source: scores} of all benchmarks of an iteration."""
     all_scores = {}
     for path in sorted(glob.glob(f"{glob.escape(folder)}/*.json")):
-        scores = read_scores(path)
-        if scores is None:
-            continue
-
-        # two files of one judge would overwrite each other
-        bench = str(scores["bench"]).translate(CONTROL)
-        judge = with_served(str(scores["judge"]), scores.get("served_model")).translate(CONTROL)
-        if (bench, judge) in all_scores:
-            raise InputError(
-                f"{path}: {bench} by {judge} is in another file of this iteration too; keep one"
-            )
-        all_scores[Source(bench, judge)] = scores
+        for scores in read_scores(path):
+            source = source_of(scores)
+            if source in all_scores:  # two files of one judge would overwrite each other
+                raise InputError(
+                    f"{path}: {source.bench} by {source.judge} is in another file of this "
+                    "iteration too; keep one"
+                )
+            all_scores[source] = scores
     return all_scores
 
 
@@ -364,7 +393,11 @@ def judge_line(source, scores):
     date = dates[0]
     if dates[-1] != dates[0]:
         date = f"{dates[0]} to {dates[-1]}"
-    n = sorted({str(row.get("n", "-")) for row in scores.values()})
+
+    # one number of prompts, or each iteration's
+    n = list(dict.fromkeys(str(row.get("n", "-")) for row in scores.values()))
+    if len(n) > 1:
+        n = [f"{row.get('n', '-')} ({at})" for at, row in scores.items()]
 
     # replies that could not be read, where somebody counted them
     invalid = [f"{row['invalid']} ({at})" for at, row in scores.items() if row.get("invalid")]
