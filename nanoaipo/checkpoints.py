@@ -4,6 +4,7 @@ A checkpoint is the folder OUTPUT_DIR/step_NNNNNN, named after the steps done. A
 processes can go on from it: torch.distributed.checkpoint deals its rows anew.
 """
 
+import functools
 import glob
 import json
 import os
@@ -12,8 +13,10 @@ import shutil
 import torch
 import torch.distributed as dist
 
+from nanoaipo.errors import InputError
 from nanoaipo.files import write_json
 from nanoaipo.processes import RANK, print0
+from nanoaipo.stages import once_seen
 
 
 def training_state(trained, optimizer):
@@ -74,21 +77,45 @@ def first_broken_file(folder):
     return None
 
 
+def newest_checkpoint(output_dir):
+    """The folder of the newest whole checkpoint, or None; broken ones are removed, with a message.
+
+    For one process alone.
+    """
+    for folder in reversed(find_checkpoints(output_dir)):
+        broken = first_broken_file(folder)
+        if broken is None:
+            return folder
+        print(f"{folder}: passed over, {broken} is not whole", flush=True)
+        shutil.rmtree(folder)
+    return None
+
+
+def check_seen(folder):
+    """Raise InputError unless all files of a checkpoint are seen from this node."""
+    if not os.path.isdir(folder) or first_broken_file(folder):
+        raise InputError(
+            f"{folder}: is not whole as this node sees it: do nodes share this folder?"
+        )
+
+
 def load_newest_checkpoint(output_dir, trained, optimizer):
     """Fill weights and moments from the newest whole checkpoint; return its steps, 0 without one.
 
     Broken ones are removed, with a message.
     """
-    for folder in reversed(find_checkpoints(output_dir)):
-        broken = first_broken_file(folder)
-        if broken is None:
-            import torch.distributed.checkpoint as dcp
+    # the first process chooses for all: other nodes may see the folder as it was a minute ago
+    chosen = [None]
+    if RANK == 0:
+        chosen = [newest_checkpoint(output_dir)]
+    dist.broadcast_object_list(chosen)
+    (folder,) = chosen
+    if folder is None:
+        return 0
 
-            dcp.load(training_state(trained, optimizer), checkpoint_id=folder)
-            print0(f"going on from {folder}")
-            return int(folder[-6:])
-        print0(f"{folder}: passed over, {broken} is not whole")
-        dist.barrier()  # all have looked at it
-        if RANK == 0:
-            shutil.rmtree(folder)
-    return 0
+    import torch.distributed.checkpoint as dcp
+
+    once_seen(functools.partial(check_seen, folder))
+    dcp.load(training_state(trained, optimizer), checkpoint_id=folder)
+    print0(f"going on from {folder}")
+    return int(folder[-6:])

