@@ -41,6 +41,10 @@ eval_prompts = ""                       # held-out prompts of every evaluation; 
 eval_prompt_field = ""                  # their column, as prompt_field
 n_eval = 0                              # how many of them; 0: all
 eval_temperature = 0.7                  # sampling temperature of the evaluated answers
+# on several nodes the same command is given to each, with a folder that all of them see
+nodes = 1                               # how many; processes, engines, rank_processes are of each
+this_node = 0                           # which of them this is, if Slurm or Kubernetes do not tell
+rendezvous = ""                         # HOST:PORT of node 0, for torchrun; the next port is ours
 # fmt: on
 
 SCRIPTS = (
@@ -321,14 +325,28 @@ def check_started_with(run, changed, every):
             )
 
 
+def run_node(arguments, every):
+    """Run iterate.sh on this node while the others run it on theirs, and end with its exit code."""
+    from nanoaipo.nodes import run_with_others
+
+    changed, _ = resolve(arguments, every)
+    command = ["bash", os.path.join(HERE, "iterate.sh"), *arguments]
+    rank = changed.get("this_node")
+    endpoint = changed.get("rendezvous", "")
+    sys.exit(run_with_others(command, changed["nodes"], rank, endpoint))
+
+
 def main():
     """Check a run for iterate.sh, keep it as out/RUN/recipe.py, print the loop's settings as shell.
 
     With --preflight print what the run needs, with --lock the file that locks its folder, and do
-    nothing else.
+    nothing else. With --node run iterate.sh on this node, one of several. Of these only node 0
+    writes.
     """
     every = declared_by_all()
     arguments = sys.argv[1:]
+    if "--node" in arguments:
+        run_node([a for a in arguments if a != "--node"], every)
     if "--preflight" in arguments:
         from nanoaipo.estimate import preflight
 
@@ -339,19 +357,26 @@ def main():
         return
 
     changed, run = resolve([a for a in arguments if a != "--lock"], every)
-    os.makedirs(run, exist_ok=True)
+    several = changed.get("nodes", 1) > 1 or changed.get("this_node", 0) > 0
+    if several and "ITERATE_NODES" not in os.environ:
+        raise InputError("nodes, this_node: several nodes want --nodes=N on the command line")
+    leads = changed.get("this_node", 0) == 0
+    if leads:
+        os.makedirs(run, exist_ok=True)
     if "--lock" in arguments:
-        lock = os.path.join(run, "lock")
-        open(lock, "a").close()  # a folder that takes no file is told here
-        print(lock)
+        if leads:
+            lock = os.path.join(run, "lock")
+            open(lock, "a").close()  # a folder that takes no file is told here
+            print(lock)
         return
 
     # every stage of the run reads its settings from here
-    path = os.path.join(run, "recipe.py")
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        for key, value in changed.items():
-            f.write(f"{key} = {value!r}\n")
-    os.replace(path + ".tmp", path)
+    if leads:
+        path = os.path.join(run, "recipe.py")
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            for key, value in changed.items():
+                f.write(f"{key} = {value!r}\n")
+        os.replace(path + ".tmp", path)
 
     # and the loop has its own as variables
     for key, (default, _, _) in declared("configurator.py").items():

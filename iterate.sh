@@ -3,9 +3,9 @@
 #
 #     bash iterate.sh config/x.py [--preflight] [--key=value ...]
 #
-# Each stage is a process of its own (processes > 1: torchrun, on one node), so its memory is free
-# when it ends. A stage whose output is there is not run again: interrupt anywhere, run the same
-# command to go on. Settings of the loop: configurator.py.
+# Each stage is a process of its own (processes > 1: torchrun), so its memory is free when it ends. A
+# stage whose output is there is not run again: interrupt anywhere, run the same command to go on.
+# Settings of the loop: configurator.py. Several nodes (--nodes=N): docs/cluster.md.
 set -euo pipefail
 here=$(dirname "$0")
 if [[ -z ${VIRTUAL_ENV:-} && -x $here/.venv/bin/python ]]; then
@@ -17,10 +17,16 @@ if [[ " $* " == *" --preflight "* ]]; then # print what the run needs, and do no
   exec python "$here/configurator.py" "$@"
 fi
 
+if [[ " $* " == *" --nodes="* && ! ${ITERATE_NODES:-} ]]; then # come back when all nodes are there
+  exec python "$here/configurator.py" --node "$@"
+fi
+
 # One run at a time in a folder: descriptor 9 holds its lock until this shell ends, however it ends.
 lock=$(python "$here/configurator.py" --lock "$@")
-exec 9<> "$lock"
-python -m nanoaipo.locks 9 "$lock" $$
+if [[ $lock ]]; then # of several nodes only node 0 has one
+  exec 9<> "$lock"
+  python -m nanoaipo.locks 9 "$lock" $$
+fi
 export ITERATE_PID=$$ # a stage that it started ends with it, too
 
 # The settings are checked, kept as $out/recipe.py, and become variables of this shell.
@@ -29,11 +35,16 @@ eval "$settings"
 if ((engines == 0)); then engines=$processes; fi
 if ((rank_processes == 0)); then rank_processes=$processes; fi
 
-# stage NAME PROCESSES --key=value ...: run a script with this run's recipe
+# stage NAME PROCESSES --key=value ...: run a script with this run's recipe, on all nodes at once
 stage() {
   echo "--- iteration $t: $1"
   local launcher=(python)
-  if (($2 > 1)); then launcher=(torchrun --standalone --nproc-per-node="$2"); fi
+  if ((nodes > 1)); then # a week to wait for each other: who dies ends all (nanoaipo/nodes.py)
+    launcher=(torchrun --nnodes="$nodes" --node-rank="$this_node" --nproc-per-node="$2"
+      --rdzv-endpoint="$rendezvous" --rdzv-conf=timeout=604800)
+  elif (($2 > 1)); then
+    launcher=(torchrun --standalone --nproc-per-node="$2")
+  fi
   "${launcher[@]}" "$here/$1.py" "$out/recipe.py" "${@:3}" 9>&-
 }
 
@@ -50,11 +61,12 @@ evaluate() {
   stage generate "$engines" --model="$policy" --prompts="$eval_prompts" \
     --prompt_field="$eval_prompt_field" --n_prompts="$n_eval" --n_responses=1 \
     --temperature="$eval_temperature" --out="$out/iter_$t/answers.jsonl"
-  stage eval 1 --answers="$out/iter_$t/answers.jsonl" \
+  if ((this_node > 0)); then return; fi
+  nodes=1 stage eval 1 --answers="$out/iter_$t/answers.jsonl" \
     --baseline="$out/iter_0/answers.jsonl" --out="$out/iter_$t/eval.json"
 }
 
-if [[ $prepare ]]; then python "$here/$prepare"; fi
+if [[ $prepare ]] && ((this_node == 0)); then python "$here/$prepare"; fi
 t=0
 policy=$model
 evaluate
@@ -69,8 +81,10 @@ for ((t = 1; t <= iterations; t++)); do
       --iteration="$t" --model="$policy" --out="$iteration_dir/prompts.jsonl"
     prompts_from=(--prompts="$iteration_dir/prompts.jsonl" --prompt_field= --n_prompts=0)
     if ((checkable)); then
-      python -m nanoaipo.add_instructions "$out/recipe.py" --prompts="$iteration_dir/prompts.jsonl" \
-        --prompt_field= --most="$checkable" --out="$iteration_dir/instructed.jsonl"
+      if ((this_node == 0)); then
+        python -m nanoaipo.add_instructions "$out/recipe.py" --prompt_field= --most="$checkable" \
+          --prompts="$iteration_dir/prompts.jsonl" --out="$iteration_dir/instructed.jsonl"
+      fi
       prompts_from=(--prompts="$iteration_dir/instructed.jsonl" --prompt_field= --n_prompts=0)
     fi
   fi
@@ -97,6 +111,8 @@ for ((t = 1; t <= iterations; t++)); do
   policy=$iteration_dir/model
   evaluate
 done
+
+if ((this_node > 0)); then exit; fi
 
 # tables and figures of the evaluations; the last line says where the page is
 if [[ $eval_prompts ]]; then python -m nanoaipo.report "$out"; fi

@@ -359,12 +359,12 @@ def find_machine(s):
     device = pick_device()
     on_cpu = device.type == "cpu"
     if on_cpu:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = s.nodes * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
         memory = torch.cuda.get_device_properties(device).total_memory
     return SimpleNamespace(
         on_cpu=on_cpu,
-        gpus=torch.cuda.device_count(),
+        gpus=s.nodes * torch.cuda.device_count(),
         memory=memory,
         matmul_rate=matmul_rate(1536 if on_cpu else 8192, device, getattr(torch, s.dtype)),
     )
@@ -373,7 +373,8 @@ def find_machine(s):
 def resolve(s):
     """A copy of the settings in which 0 and "auto" have become what they stand for."""
     s = SimpleNamespace(**vars(s))
-    s.engines = s.engines or s.processes
+    s.engines = s.nodes * (s.engines or s.processes)
+    s.processes = s.nodes * s.processes
     s.response_tokens = s.response_tokens or s.max_new_tokens / 2
     if s.engine == "auto":
         has_vllm = s.gpus or importlib.util.find_spec("vllm")
