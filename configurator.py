@@ -12,12 +12,14 @@ script itself, this file resolves a whole run for iterate.sh (see `main` below).
 import ast
 import difflib
 import glob
+import math
 import os
 import shlex
 import sys
 import time
 
-from nanoaipo.errors import InputError, disk_fault
+from nanoaipo.errors import InputError, disk_fault, reason_of
+from nanoaipo.files import holds_surrogate
 from nanoaipo.locks import release_locks
 from nanoaipo.processes import check_rank, end_with_launcher
 from nanoaipo.stages import FREE
@@ -57,6 +59,7 @@ SCRIPTS = (
 )
 HERE = os.path.dirname(os.path.abspath(__file__))
 DASHES = "-–—"  # text that is copied from a page may have long ones
+SIGNED = ("alpha", "lambda_", "gamma", "eta", "delta", "min_gap")  # other numbers are at least 0
 
 # ----------------------------------------------------------------------------- reading assignments
 
@@ -70,12 +73,14 @@ def literals(path, stop=None):
     """
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such recipe")
-    with open(path, encoding="utf-8") as f:
-        text = f.read()
     try:
+        with open(path, encoding="utf-8") as f:
+            text = f.read()
         tree = ast.parse(text)
     except SyntaxError as e:
         raise InputError(f"{path}:{e.lineno}: {e.msg}") from e
+    except (ValueError, RecursionError, MemoryError) as e:  # no UTF-8, a NUL, too many brackets
+        raise InputError(f"{path}: no Python: {reason_of(e)}") from e
 
     lines = text.splitlines()
     found = {}
@@ -86,7 +91,7 @@ def literals(path, stop=None):
             (target,) = node.targets
             name = target.id
             value = ast.literal_eval(node.value)
-        except (AttributeError, ValueError):  # another statement, or a value that is computed
+        except (AttributeError, TypeError, ValueError):  # another statement, a computed value
             is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
             if stop or is_text:
                 continue
@@ -130,7 +135,8 @@ def check_known(where, key, known):
 def cast(where, key, value, default):
     """The value in the type of the default: text is parsed, and an int may widen to a float.
 
-    Raises InputError for anything else.
+    Raises InputError for anything else, for a number that is negative or not finite, and for a text
+    that no file could hold.
     """
     # parse text, which is all that the command line has; None stands for what cannot be read
     kind = type(default)
@@ -147,6 +153,14 @@ def cast(where, key, value, default):
         raise InputError(
             f"{where}: '{key}' takes a value of type {kind.__name__}, such as {default!r}"
         )
+
+    if kind in (int, float):
+        if not abs(value) < math.inf:  # nan, too
+            raise InputError(f"{where}: '{key}' takes a finite number, such as {default!r}")
+        if value < 0 and key not in SIGNED:
+            raise InputError(f"{where}: at least 0 is what '{key}' takes, such as {default!r}")
+    if kind is str and (holds_surrogate(value) or "\0" in value):
+        raise InputError(f"{where}: '{key}' takes a text that can be written as UTF-8, without NUL")
     return value
 
 

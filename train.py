@@ -26,6 +26,7 @@ import time
 
 from configurator import configure, run_script
 from nanoaipo.chat import load_tokenizer, template_arguments, vocabulary_size
+from nanoaipo.engines import context_length
 from nanoaipo.errors import InputError
 from nanoaipo.files import write_json
 from nanoaipo.pairs import read_pairs
@@ -354,7 +355,7 @@ def main():
         pairs,
         tokenizer,
         eos_ids,
-        max_length,
+        min(max_length, context_length(model)),
         arguments=arguments,
         n_tokens=vocabulary_size(model, tokenizer),
     )

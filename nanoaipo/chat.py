@@ -10,6 +10,7 @@ import json
 import re
 
 from nanoaipo.errors import InputError, reason_of
+from nanoaipo.files import load_json
 from nanoaipo.messages import RENDERERS_OWN, UnusableRow, found_field, template_columns
 from nanoaipo.model_folders import check_has_model, find_file, read_json
 
@@ -165,7 +166,7 @@ def template_arguments(template_kwargs, date):
     arguments = {}
     if template_kwargs:
         try:
-            arguments = json.loads(template_kwargs)
+            arguments = load_json(template_kwargs.encode())
         except ValueError as e:
             raise InputError(f"--template_kwargs={template_kwargs}: not JSON: {e}") from e
         if not isinstance(arguments, dict):

@@ -14,11 +14,34 @@ FIXES = {
 }
 
 
+LONGEST = 1000  # characters of a message
+
+
 class InputError(ValueError):
     """A wrong setting, file or model.
 
     The message is one line: the place (file:line, field or --setting), what is wrong, the fix.
     """
+
+    def __init__(self, message):
+        super().__init__(as_line(message))
+
+
+def as_line(text):
+    """A text that may quote anything, as one line for a terminal.
+
+    Line breaks and what else cannot be printed become escapes; a long text is cut in its middle,
+    because place and fix stand at its ends.
+    """
+    if len(text) > LONGEST:
+        half = LONGEST // 2
+        text = f"{text[:half]} ... {text[-half:]}"
+    printable = []
+    for c in text:
+        if not c.isprintable():
+            c = c.encode("unicode_escape").decode()
+        printable.append(c)
+    return "".join(printable)
 
 
 def reason_of(error):

@@ -24,6 +24,7 @@ from nanoaipo.errors import InputError, reason_of
 from nanoaipo.processes import RANK, WORLD_SIZE
 
 PARQUET = ".parquet"
+MAX_DEPTH = 100  # lists and objects within each other; what walks through them has its limits
 
 # ---------------------------------------------------------------------------------------- finding
 
@@ -128,7 +129,7 @@ def read_data_set(path):
             f"{path}: no such file, and no data set NAME:SPLIT that can be loaded ({reason_of(e)})"
         ) from e
     for n, row in enumerate(rows, 1):
-        yield f"{path} row {n}", row
+        yield f"{path} row {n}", as_json(row)
 
 
 def read_parquet(file):
@@ -142,9 +143,14 @@ def read_parquet(file):
             for batch in table.iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
                     n += 1
-                    yield f"{file}:{n}", row
-    except (ArrowException, OSError) as e:
+                    yield f"{file}:{n}", as_json(row)
+    except (ArrowException, OSError, OverflowError, ValueError) as e:  # of bytes, of dates
         raise InputError(f"{file}: not Parquet: {reason_of(e)}") from e
+
+
+def as_json(row):
+    """A row of a table as JSON lines would have it: dates and the like become text."""
+    return json.loads(json_line(row))
 
 
 def holds_array(file):
@@ -160,7 +166,7 @@ def holds_array(file):
 
     # a .json file holds lines if the first of several is a value of its own
     try:
-        json.loads(first)
+        load_json(first)
     except ValueError:
         return True
     return not second
@@ -185,8 +191,8 @@ def read_json_array(file):
     """Yield (where, value) of a file that holds one array."""
     content = read_bytes(file)
     try:
-        values = json.loads(content)
-    except ValueError as e:  # of JSON or of UTF-8
+        values = load_json(content)
+    except ValueError as e:
         raise InputError(f"{file}: not JSON: {e}") from e
     if not isinstance(values, list):
         kind = type(values).__name__
@@ -194,7 +200,8 @@ def read_json_array(file):
 
     for n, value in enumerate(values, 1):
         where = f"{file}:{n}"
-        check_surrogates(where, value)
+        if holds_surrogate(value):
+            raise InputError(f"{where}: {SURROGATE}")
         yield where, value
 
 
@@ -205,11 +212,12 @@ def read_json_lines(file):
             continue
         where = f"{file}:{n}"
         try:
-            value = json.loads(line)
-        except ValueError as e:  # of JSON or of UTF-8
+            value = load_json(line)
+        except ValueError as e:
             raise InputError(f"{where}: not JSON: {e}") from e
-        if b"\\ud" in line.lower():  # the only way to write half of a pair
-            check_surrogates(where, value)
+        # the two ways to write half of a pair: its escape, and bytes that are no UTF-8
+        if (b"\\ud" in line.lower() or b"\xed" in line) and holds_surrogate(value):
+            raise InputError(f"{where}: {SURROGATE}")
         yield where, value
 
 
@@ -234,12 +242,48 @@ def read_bytes(file):
             raise InputError(f"{file}: not JSON: {e}") from e
 
 
-def check_surrogates(where, value):
-    """Raise InputError if a text in the value cannot be written as UTF-8."""
+def load_json(content):
+    """The value of JSON in bytes.
+
+    Raises ValueError for what is no JSON, no UTF-8 or nested deeper than MAX_DEPTH.
+    """
+    n_brackets = content.count(b"[") + content.count(b"{")
+    try:
+        value = json.loads(content)
+        is_deep = n_brackets > MAX_DEPTH and depth_of(value) > MAX_DEPTH
+    except RecursionError:
+        is_deep = True
+    if is_deep:
+        raise ValueError(f"lists and objects within each other, more than {MAX_DEPTH}")
+    return value
+
+
+def depth_of(value):
+    """How many lists and objects a value has within each other."""
+    depth = 0
+    level = [value]
+    while level:
+        inside = []
+        for item in level:
+            if isinstance(item, dict):
+                inside += item.values()
+            elif isinstance(item, list):
+                inside += item
+        level = [item for item in inside if isinstance(item, (dict, list))]
+        depth += 1
+    return depth
+
+
+SURROGATE = "holds half of a surrogate pair, which is no text"
+
+
+def holds_surrogate(value):
+    """Whether a text in the value cannot be written as UTF-8."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as e:
-        raise InputError(f"{where}: holds half of a surrogate pair, which is no text") from e
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 # ---------------------------------------------------------------------------------------- writing

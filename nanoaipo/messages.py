@@ -14,10 +14,10 @@ values: nanoaipo/rows.py.
 """
 
 import collections
-import json
 import re
 
 from nanoaipo.errors import InputError
+from nanoaipo.files import SURROGATE, holds_surrogate, load_json
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 ROLES = (  # that templates know
@@ -249,7 +249,9 @@ def from_json(value, name):
     """A value without nulls; a text is read as JSON, and UnusableRow raised if it is none."""
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value = load_json(value.encode())
         except ValueError as e:
             raise UnusableRow("no_json", f"{name} is a text, and not one of JSON: {e}") from e
+        if holds_surrogate(value):
+            raise UnusableRow("no_json", f"{name} {SURROGATE}")
     return without_nulls(value)

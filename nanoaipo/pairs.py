@@ -1,6 +1,8 @@
 """Pairs of any layout (nanoaipo/rows.py) to token ids ready for training."""
 
 import array
+import math
+import sys
 
 from nanoaipo.chat import check_writes_tools, control_pattern, render, row_arguments
 from nanoaipo.errors import InputError
@@ -11,6 +13,7 @@ from nanoaipo.response_text import Template, render_response
 from nanoaipo.rows import pair_messages, without_end_marks
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+NUMBERS = ("z", "q_w", "q_l", "g_w", "g_l", "chosen_logp", "rejected_logp")
 
 
 def read_pairs(path, tokenizer, eos_ids, max_length, arguments=None, n_tokens=None):
@@ -36,6 +39,7 @@ def read_pairs(path, tokenizer, eos_ids, max_length, arguments=None, n_tokens=No
             if all(row.get(key) is None for key in IDS):
                 row |= render_pair(where, row, tokenizer, eos_ids, control, arguments)
             check_ids(where, row, n_tokens)
+            check_numbers(where, row)
             check_pair(where, row, max_length)
         except UnusableRow as e:
             dropped.add(e.reason, e)
@@ -91,12 +95,27 @@ def check_ids(where, pair, n_tokens):
             raise InputError(
                 f"{where}: '{key}' is missing or empty; a pair has either all ids or none"
             )
+        if not isinstance(pair[key], list):
+            raise InputError(f"{where}: '{key}' has to be a list of the numbers of tokens")
         for i in pair[key]:
-            if not isinstance(i, int) or not 0 <= i < n_tokens:
+            if type(i) is not int or not 0 <= i < n_tokens:  # not isinstance: True is an int too
                 raise InputError(
                     f"{where}: '{key}' has the id {i!r}, and this model has {n_tokens} tokens "
                     "(vocab_size in config.json): its tokenizer or the pairs are another model's"
                 )
+
+
+def check_numbers(where, pair):
+    """Raise UnusableRow for a label or log-prob that is not finite: nothing could be learned.
+
+    z may be infinite, from a judge that is certain: training cuts it.
+    """
+    for key in NUMBERS:
+        value = pair.get(key)
+        if not isinstance(value, (int, float)) or abs(value) <= sys.float_info.max:
+            continue
+        if key != "z" or value not in (math.inf, -math.inf):
+            raise UnusableRow("not_finite", f"{where}: '{key}' is {value}, which is not finite")
 
 
 def check_pair(where, pair, max_length):
@@ -108,7 +127,10 @@ def check_pair(where, pair, max_length):
     longest = max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
     n_tokens = len(pair["prompt_ids"]) + longest
     if n_tokens > max_length:
-        raise UnusableRow("too_long", f"{where}: {n_tokens} tokens, and --max_length={max_length}")
+        raise UnusableRow(
+            "too_long",
+            f"{where}: {n_tokens} tokens, above --max_length={max_length} or what the model takes",
+        )
 
 
 def without_text(pair):

@@ -116,6 +116,14 @@ def with_system_of_chosen(where, row, messages):
 
 # ------------------------------------------------------------------------------------- candidates
 
+RESPONSE_TYPES = {
+    "text": str,
+    "ids": list,
+    "finished": (bool, int),
+    "thought": str,
+    "thought_tokens": int,
+}
+
 
 def read_candidates(path, dropped=None):
     """Yield (where, record) of candidates, brought to the form in nanoaipo/files.py.
@@ -174,7 +182,8 @@ def as_responses(where, values):
             raise UnusableRow(
                 "no_responses",
                 f"{where}: 'responses' has to be a list of texts, "
-                "or of objects with a text (and ids, a list)",
+                "or of objects with text (and ids, a list; finished, true or false; thought, a "
+                "text; thought_tokens, a number)",
             )
         responses.append(value)
     return responses
@@ -206,10 +215,13 @@ def responses_of_pair(where, row):
 
 
 def is_response(value):
-    """Whether a value is a response: an object with a text and, if it has ids, a list of them."""
-    if not isinstance(value, dict):
+    """Whether a value is a response: an object with a text, and its other keys of their types."""
+    if not isinstance(value, dict) or "text" not in value:
         return False
-    return isinstance(value.get("text"), str) and isinstance(value.get("ids", []), list)
+    for key, kind in RESPONSE_TYPES.items():
+        if key in value and not isinstance(value[key], kind):
+            return False
+    return True
 
 
 def with_thought_apart(response):

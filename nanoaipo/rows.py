@@ -69,14 +69,7 @@ TEMPLATE_OPENS = re.compile(
     )""",
     re.VERBOSE,
 )
-# or, where the marks are words, begins and ends with them
-WORDS_OPEN = re.compile(
-    # Vicuna: "USER: Two? ASSISTANT:"
-    r"\s*(?:Human|User|USER):.*(?:Assistant|ASSISTANT):\s*$"
-    # Alpaca: "Be brief.\n\n### Instruction:\nTwo?\n\n### Response:\n"
-    r"|.*### Instruction:.*### Response:\s*$",
-    re.DOTALL,
-)
+WORDS_OPEN = re.compile(r"\s*(?:Human|User|USER):")  # Vicuna: "USER: Two? ASSISTANT:"
 # what ends a turn in the templates of others
 END_MARKS = (
     "<|im_end|>",
@@ -102,7 +95,7 @@ def prompt_messages(where, row, field=""):
     if field is None:
         raise UnusableRow("no_prompt", f"{where}: {no_prompt(row)}")
     check_no_media(where, row)
-    value = prompt_value(row, field)
+    value = prompt_value(where, row, field)
     messages = as_messages(value, f"{where}: '{field}'")
 
     # one text: no answer, and not what a template has made of a prompt
@@ -144,7 +137,7 @@ def check_no_media(where, row):
         raise UnusableRow("not_text", f"{where}: holds {field}, and only text is read")
 
 
-def prompt_value(row, field):
+def prompt_value(where, row, field):
     """What the column of a prompt holds, brought to a text or messages where it is neither."""
     value = row.get(field)
     if isinstance(value, dict) and "messages" in value:  # OpenAI's input
@@ -152,7 +145,7 @@ def prompt_value(row, field):
     if field == "turns":
         return first_turn(value)
     if field == "instruction" and isinstance(value, str):
-        return with_input(row, value)
+        return with_input(where, row, value)
     return value
 
 
@@ -171,24 +164,31 @@ def turn_texts(turns):
     return [turn.get("content") if isinstance(turn, dict) else turn for turn in turns]
 
 
-def with_input(row, instruction):
+def with_input(where, row, instruction):
     """An instruction and, as rows of Alpaca and self-instruct may have one, its input below it."""
     extra = row.get("input")
-    if not extra:
-        instances = [i for i in row.get("instances") or () if isinstance(i, dict)]
-        extra = next((i["input"] for i in instances if i.get("input")), None)
+    instances = row.get("instances")
+    if not extra and isinstance(instances, list):
+        inputs = [i["input"] for i in instances if isinstance(i, dict) and i.get("input")]
+        extra = next(iter(inputs), None)
     if not extra:
         return instruction
+    if isinstance(extra, (dict, list)):
+        raise UnusableRow("no_prompt", f"{where}: 'input' has to be a text")
     return f"{instruction}\n\n{extra}"
 
 
 def check_not_rendered(where, field, text):
     """Raise UnusableRow for a text that a chat template has written already, of any model."""
     opens = TEMPLATE_OPENS.match(text)
+    ended = text.rstrip()
     if opens:
         mark = opens[1]
-    elif WORDS_OPEN.match(text):
-        mark = "Human: ... Assistant:, ### Instruction: ... ### Response:"
+    # or, where the marks are words, begins and ends with them (Vicuna, Alpaca)
+    elif WORDS_OPEN.match(text) and ended.endswith(("Assistant:", "ASSISTANT:")):
+        mark = "Human: ... Assistant:"
+    elif "### Instruction:" in ended and ended.endswith("### Response:"):
+        mark = "### Instruction: ... ### Response:"
     else:
         return
     raise UnusableRow(
@@ -381,14 +381,32 @@ def without_end_marks(messages, marks=END_MARKS):
 
     An answer that strikes text out in HTML, <s>so</s>, keeps its end.
     """
-    if not marks:
-        return messages
-    any_mark = "|".join(map(re.escape, marks))
-    ending = re.compile(rf"(?:\s*(?:{any_mark}))+\s*$")  # "2<|im_end|>\n<|endoftext|>"
     answers = []
     for message in messages:
         content = message["content"]
         if "<s>" not in content:
-            content = ending.sub("", content)
+            content = without_marks_at_end(content, marks)
         answers.append(message | {"content": content})
     return answers
+
+
+def without_marks_at_end(text, marks):
+    """A text without the marks at its end, and the space around them: "2<|im_end|>\\n</s>" is 2.
+
+    No regular expression, whose time would grow with the square of a long text.
+    """
+    end = length_without_space(text, len(text))
+    kept = len(text)
+    while True:
+        found = [mark for mark in marks if text.endswith(mark, 0, end)]
+        if not found:
+            return text[:kept]
+        end = length_without_space(text, end - max(map(len, found)))
+        kept = end
+
+
+def length_without_space(text, end):
+    """Where the last character of text[:end] that is no white space ends."""
+    while end > 0 and text[end - 1].isspace():
+        end -= 1
+    return end

@@ -1,9 +1,12 @@
 """Reading records from whatever holds them, and naming what is none."""
 
 import codecs
+import datetime
+import decimal
 import gzip
 import json
 import os
+import re
 
 import pyarrow.parquet
 import pytest
@@ -31,6 +34,8 @@ def read(path, *required):
         ("[1]", r"a record is a JSON object, not list"),
         ('{"x": 1}', "field 'id' is missing"),
         (r'{"id": "\ud800"}', "holds half of a surrogate pair, which is no text"),
+        ("[" * 5000, "not JSON: lists and objects within each other, more than 100"),
+        ('{"id": ' * 300 + "1" + "}" * 300, "not JSON: lists and objects within each other"),
     ],
 )
 def test_a_broken_line_is_named_by_file_and_line(bad, message, tmp_path):
@@ -44,6 +49,11 @@ def test_a_broken_line_is_named_by_file_and_line(bad, message, tmp_path):
     "name, content, message",
     [
         ("b.jsonl", b'{"id": 1}\n{"id": "\xff"}\n', r"b\.jsonl:2: not JSON"),
+        (
+            "b.jsonl",
+            b'{"id": 1}\n{"id": "\xed\xa0\x80"}\n',
+            r"b\.jsonl:2: holds half of a surrogate",
+        ),
         ("c.json", b'{"id": 1}', "an array of records, not dict"),
         ("d.json", b'["id"]', r"d\.json:1: a record is a JSON object, not str"),
         ("e.json", b'[{"id": 1}', r"e\.json: not JSON: Expecting ','"),
@@ -113,6 +123,25 @@ def test_parquet_is_read_by_its_path_and_from_a_folder(tmp_path):
     assert where[-1] == f"{tmp_path}/a-00001-of-00002.parquet:1300"
 
 
+def test_what_a_table_holds_and_json_does_not_is_text(tmp_path):
+    day = datetime.date(2026, 11, 27)
+    row = {"day": day, "price": decimal.Decimal("1.50"), "raw": b"x", "list": [{"day": day}]}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+
+    (record,) = read(tmp_path / "a.parquet")
+
+    day = "2026-11-27"
+    assert record == {"day": day, "price": "1.50", "raw": "b'x'", "list": [{"day": day}]}
+
+
+def test_a_text_of_a_table_that_is_no_utf8_is_named(tmp_path):
+    texts = pyarrow.array([b"a", b"\xff"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": texts}), tmp_path / "a.parquet")
+
+    with pytest.raises(InputError, match=r"a\.parquet: not Parquet: 'utf-8' codec"):
+        read(tmp_path / "a.parquet")
+
+
 def test_what_is_called_parquet_and_is_none_is_named(tmp_path):
     path = write_lines(tmp_path / "a.parquet", {"k": 1})
 
@@ -154,6 +183,25 @@ def test_a_json_file_may_be_written_to_a_new_folder(tmp_path):
     files.write_json(str(path), {"n": 1})
 
     assert json.loads(path.read_text()) == {"n": 1}
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("a.jsonl:1: שלום, é, 👩", "a.jsonl:1: שלום, é, 👩"),
+        ("role 'us\ner'", r"role 'us\ner'"),
+        ("\x1b[2J\u202e\ud800\u2028", r"\x1b[2J\u202e\ud800\u2028"),
+        ("a.jsonl:1: " + "x" * 10**6 + "; fix it", "a.jsonl:1: x(.*)x ... x(.*)x; fix it"),
+    ],
+)
+def test_a_message_is_one_line_that_ends_with_the_fix_whatever_it_quotes(text, line):
+    message = str(InputError(text))
+
+    if "(.*)" in line:
+        assert re.fullmatch(line, message)
+        assert len(message) < 1010
+    else:
+        assert message == line
 
 
 def test_an_error_without_a_text_is_named_by_its_class():

@@ -124,7 +124,7 @@ def test_short_instructions_are_dropped_and_counted(world, tmp_path):
         ("instructions", "instruction_examples=0", "has to be 1 at least"),
         ("instructions", "instruction_similarity=1.5", "has to be between 0 and 1"),
         ("candidates", "block=0", "--block=0: has to be 1 at least"),
-        ("answers", "n_prompts=-1", "has to be 0 at least"),
+        ("answers", "n_prompts=-1", "--n_prompts=-1: at least 0"),
         (
             "candidates",
             "max_new_tokens=4096",
