@@ -28,7 +28,7 @@ from nanoaipo.chat import (
 from nanoaipo.engines import context_length, load_engine
 from nanoaipo.errors import InputError
 from nanoaipo.instruct import compile_unfit, write_instructions
-from nanoaipo.messages import Dropped, UnusableRow, template_columns
+from nanoaipo.messages import Dropped, UnusableRow, template_columns, texts_in
 from nanoaipo.processes import RANK, WORLD_SIZE, print0
 from nanoaipo.prompts import read_prompts
 from nanoaipo.responses import ask_for_responses, count_and_print, response_record
@@ -88,14 +88,14 @@ def read_pool(tokenizer, room, arguments):
     pool = []
     dropped = Dropped()
     for row in read_prompts(prompts, prompt_field, dropped):
-        # a template would turn such text into the control token itself
-        if any(control.search(message["content"]) for message in row["prompt"]):
-            counts["control_text"] += 1
-            continue
-
         where = f"{prompts}: prompt '{row['id']}'"
         try:
             own = row_arguments(tokenizer, where, row, arguments)
+            # a template would turn such text into the control token itself
+            texts = texts_in([row["prompt"], template_columns(where, row)])
+            if any(map(control.search, texts)):
+                counts["control_text"] += 1
+                continue
             row["prompt_ids"] = render(tokenizer, row["prompt"], where, arguments=own)
         except UnusableRow as e:
             dropped.add(e.reason, e)

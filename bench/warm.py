@@ -9,6 +9,7 @@ runs on a CPU: the findings, the tests. One command at a time; its environment i
 """
 
 import contextlib
+import importlib
 import json
 import os
 import runpy
@@ -64,7 +65,7 @@ def import_everything():
     """Import what the stages import."""
     sys.path.insert(0, str(ROOT))
     for name in IMPORTED:
-        __import__(name)
+        importlib.import_module(name)
 
     import transformers
 

@@ -246,9 +246,15 @@ def unused_name(messages):
     return hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
 
 
-def shield(message, control, name):
-    """A message with stand-ins for what spells a control token."""
-    return message | {"content": with_stand_ins(message["content"], control, name)}
+def shield(value, control, name):
+    """A message, or a value in one, with stand-ins for what spells a control token."""
+    if isinstance(value, str):
+        return with_stand_ins(value, control, name)
+    if isinstance(value, list):
+        return [shield(item, control, name) for item in value]
+    if isinstance(value, dict):
+        return {key: shield(item, control, name) for key, item in value.items()}
+    return value
 
 
 def with_stand_ins(text, control, name, marks=()):

@@ -159,6 +159,19 @@ def without_nulls(value):
     return value
 
 
+def texts_in(value):
+    """Yield every text in a value: in its lists and objects, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts_in(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from texts_in(item)
+
+
 def join_parts(parts, name):
     """The text of a content in parts; raises UnusableRow, which names the kind, for other parts."""
     texts = []

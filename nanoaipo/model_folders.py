@@ -5,9 +5,17 @@ import os
 
 from nanoaipo.errors import InputError, reason_of
 
+WEIGHTS = ("pytorch_model", "adapter_model", "model", "consolidated")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+CONVERT = (
+    "convert weights that you trust once, by transformers' from_pretrained(OLD) and "
+    "save_pretrained(NEW), which writes safetensors"
+)
+
 
 def check_has_model(name, setting="model"):
-    """Raise InputError for a folder or hub model that holds an adapter and no model."""
+    """Raise InputError for a folder or hub model that holds an adapter or pickles and no model."""
+    check_no_pickle(name, setting)
     adapter_config = find_file(name, "adapter_config.json")
     if find_file(name, "config.json"):
         if not holds_only_adapter(name):
@@ -22,6 +30,22 @@ def check_has_model(name, setting="model"):
         f"--{setting}={name}: an adapter and no model; first merge it into its base ({base}), "
         "with peft's merge_and_unload"
     )
+
+
+def check_no_pickle(name, setting="model"):
+    """Raise InputError for a folder whose weights are in pickles, which can run code, and only so.
+
+    Of a hub model no other files than safetensors are fetched.
+    """
+    if not os.path.isdir(name):
+        return
+    files = sorted(os.listdir(name))
+    pickles = [file for file in files if file.startswith(WEIGHTS) and file.endswith(PICKLES)]
+    if pickles and not any(file.endswith(".safetensors") for file in files):
+        raise InputError(
+            f"--{setting}={name}: {pickles[0]} is a pickle, which can run code and is not read: "
+            f"{CONVERT}"
+        )
 
 
 def holds_only_adapter(name):
@@ -91,8 +115,10 @@ def weight_file_names(folder):
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise InputError(f"{index}: no weight_map in it")
-        names = sorted(set(weight_map.values()))
+        names = sorted(set(map(str, weight_map.values())))
         for name in names:
+            if os.path.basename(name) != name:
+                raise InputError(f"{index}: it names {name}, which is not a file of its folder")
             if not os.path.exists(os.path.join(folder, name)):
                 raise InputError(f"{index}: it names {name}, which is missing; fetch it again")
         if os.path.exists(single) and "model.safetensors" not in names:

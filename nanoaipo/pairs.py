@@ -7,7 +7,7 @@ import sys
 from nanoaipo.chat import check_writes_tools, control_pattern, render, row_arguments
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
-from nanoaipo.messages import Dropped, UnusableRow
+from nanoaipo.messages import Dropped, UnusableRow, template_columns, texts_in
 from nanoaipo.processes import print0
 from nanoaipo.response_text import Template, render_response
 from nanoaipo.rows import pair_messages, without_end_marks
@@ -69,8 +69,8 @@ def render_pair(where, row, tokenizer, eos_ids, control, arguments):
     rejected = without_end_marks(rejected, end_tokens)
 
     # a template would turn such text into the control token itself
-    for message in prompt:
-        found = control.search(message["content"])
+    for text in texts_in([prompt, template_columns(where, row)]):
+        found = control.search(text)
         if found:
             raise UnusableRow(
                 "control_text",

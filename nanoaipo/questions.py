@@ -61,6 +61,7 @@ THOUGHT_FIELDS = ("reasoning_content", "reasoning")  # of a message, beside its 
 THOUGHT_PARTS = ("thinking", "reasoning")  # types of a content's parts
 SERVED_FIELDS = ("model", "system_fingerprint")  # of a completion: who answered
 
+NO_KEY = "none"  # what is sent where there is none
 RETRIES = 20  # of a request that fails in passing
 PASSING = (408, 409, 429)  # status of such a failure, beside 500 and above
 TRIES = 4  # of a question that is answered with nothing in it
@@ -82,7 +83,7 @@ def endpoint(url, concurrency):
 
     if not re.match(r"https?://", url):  # the client would try again for minutes
         raise InputError(f"{url}: an endpoint's address begins with http:// or https://")
-    key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # files end with a line break
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or NO_KEY  # files end with a line break
     if not re.fullmatch(r"[!-~]+", key):
         raise InputError("OPENAI_API_KEY: has characters that no key has, such as a space in it")
     timeout = Timeout(120, connect=10)
@@ -137,14 +138,13 @@ def request(client, url, question, unsupported, first_failure):
             return {"reply": "", "error": without_key(client, str(e))[:300]}
 
         # status 200; but a proxy's page or a JSON without an answer may come with it
-        body = response.http_response.text
+        body = without_key(client, response.http_response.text)
         reply = read_completion(body)
         if reply is not None:
             return reply
         empty += 1
         if empty == TRIES:
-            excerpt = without_key(client, body)[:200]
-            return {"reply": "", "error": f"no answer in it: {excerpt}"}
+            return {"reply": "", "error": f"no answer in it: {body[:200]}"}
 
 
 def create(client, url, parameters, first_failure):
@@ -334,7 +334,9 @@ def finish_of(reason):
 
 
 def without_key(client, text):
-    """The text with the client's key made unreadable: endpoints quote it in their refusals."""
+    """The text with the client's key made unreadable: endpoints quote it, in replies too."""
+    if client.api_key == NO_KEY:
+        return text
     return text.replace(client.api_key, "***")
 
 

@@ -101,6 +101,7 @@ def load_reward_model(model, device):
             model,
             dtype=dtype,
             attn_implementation=exact_attention(AutoConfig.from_pretrained(model)),
+            use_safetensors=True,  # other formats can run code
             output_loading_info=True,
         )
     except (OSError, ValueError) as e:

@@ -90,6 +90,7 @@ def render_response(template, eos_ids, prompt, prompt_ids, response):
 
     # 3. the response as a message
     without_thought = {key: v for key, v in response[0].items() if key not in THOUGHT_KEYS}
+    without_thought = shield(without_thought, template.control, name)  # its calls of tools
     in_content = without_thought | {"content": parts.content}
     replies = [in_content]
     if parts.thought is not None:

@@ -26,7 +26,12 @@ from transformers.core_model_loading import (
 
 from nanoaipo import layouts
 from nanoaipo.errors import InputError, reason_of
-from nanoaipo.model_folders import check_not_quantized, quantization_error, weight_file_names
+from nanoaipo.model_folders import (
+    CONVERT,
+    check_not_quantized,
+    quantization_error,
+    weight_file_names,
+)
 
 # The text model within a multimodal one: language_model.model.layers, model.language_model.layers
 TEXT_MODEL = re.compile(r"^(model\.)?(?:language_model|text_model)\.")
@@ -226,7 +231,8 @@ def weight_files(folder):
             raise InputError(f"{path}: not a whole safetensors file ({e})") from e
     if not path_of:
         raise InputError(
-            f"--model={folder}: no *.safetensors in it; other formats can run code and are not read"
+            f"--model={folder}: no *.safetensors in it; other formats can run code and are not "
+            f"read: {CONVERT}"
         )
     return path_of
 
