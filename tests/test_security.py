@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import pickle
+import re
 import shutil
 import ssl
 import subprocess
@@ -385,3 +386,37 @@ def test_a_response_that_spells_control_tokens_has_no_more_of_them(answer, templ
 
     assert specials(second["chosen_ids"]) == specials(first["chosen_ids"])
     assert EVIL in tokenizer.decode(second["chosen_ids"])
+
+
+# -------------------------------------------------------------------------------- what is installed
+
+
+def pins(path):
+    """{package: version} of the lines "package==version" in a file, and in those that it names."""
+    versions = {}
+    for line in path.read_text().splitlines():
+        if line.startswith("-r "):
+            versions |= pins(path.parent / line.removeprefix("-r "))
+        pinned = re.match(r"([\w.-]+)==([^\s;]+)", line)
+        if pinned:
+            versions[pinned[1]] = pinned[2]
+    return versions
+
+
+@pytest.mark.parametrize(
+    "lock, requirements, elsewhere",
+    [("cpu.txt", "requirements.txt", {"torch"}), ("gpu.txt", "requirements-gpu.txt", set())],
+)
+def test_a_lock_file_holds_the_pinned_versions_and_a_hash_for_each(lock, requirements, elsewhere):
+    path = ROOT / "locks" / lock
+    locked = pins(path)
+
+    pinned = pins(ROOT / requirements)
+    assert {name for name in pinned if locked.get(name) != pinned[name]} == elsewhere
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    assert len(lines) > 1000
+    for line, after in zip(lines, [*lines[1:], ""]):
+        if "==" in line:
+            assert after.startswith("    --hash=sha256:")
+        else:
+            assert re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}( \\)?", line)
