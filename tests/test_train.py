@@ -1017,7 +1017,7 @@ def test_a_broken_checkpoint_is_passed_over_aloud(long, copied, uninterrupted):
 def test_without_a_whole_checkpoint_a_run_starts_from_the_beginning(long, copied, uninterrupted):
     halve(copied / "out.tmp" / "step_000008" / "__0_0.distcp")
     # as when a run dies while it removes its checkpoints
-    (copied / "out.tmp" / "step_000010" / "sizes.json").unlink()
+    (copied / "out.tmp" / "step_000010" / "manifest.json").unlink()
 
     assert goes_on(copied, 0, uninterrupted, **long).count("passed over") == 2
 
