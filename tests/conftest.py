@@ -44,21 +44,28 @@ def warm_python():
     return shutil.which("python", path=env["PATH"])
 
 
+def warm_environment():
+    """The environment in which `python` is that one, and torchrun that of this environment."""
+    folders = [os.path.dirname(warm_python()), os.path.dirname(sys.executable), os.environ["PATH"]]
+    return os.environ | NO_GPU | {"PATH": os.pathsep.join(folders), "VIRTUAL_ENV": sys.prefix}
+
+
 def run(script, *args, python=(), env=None, **settings):
     """Run a script of the repository with --key=value for each setting; a CompletedProcess.
 
     It runs in a fork of a process that has imported everything, but in one of its own where
-    options for python or an environment are given, or where it is no script (-m).
+    options for python or a PYTHONPATH are given.
     """
-    executable = sys.executable
-    if script.endswith(".py") and not python and not env:
-        executable = warm_python()
+    env = env or {}
+    executable = warm_python()
+    if python or "PYTHONPATH" in env:
+        executable = sys.executable
     options = [f"--{key}={value}" for key, value in settings.items()]
     command = [executable, *python, script, *args, *options]
     return subprocess.run(
         [str(word) for word in command],
         cwd=ROOT,
-        env=os.environ | NO_GPU | (env or {}),
+        env=os.environ | NO_GPU | env,
         capture_output=True,
         text=True,
         timeout=300,
@@ -66,9 +73,9 @@ def run(script, *args, python=(), env=None, **settings):
 
 
 def torchrun(n, script, *args, **settings):
-    """Run a script likewise under torchrun, with n processes."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}")
-    return run(script, *args, python=launcher, **settings)
+    """Run a script likewise under torchrun, with n processes, which are such forks too."""
+    launcher = ("torch.distributed.run", "--standalone", f"--nproc-per-node={n}", "--no-python")
+    return run("-m", *launcher, warm_python(), script, *args, **settings)
 
 
 # ------------------------------------------------------------------------------------ small models
