@@ -26,6 +26,7 @@ import time
 
 from configurator import configure, run_script
 from nanoaipo.chat import load_tokenizer, template_arguments, vocabulary_size
+from nanoaipo.clock import lap
 from nanoaipo.engines import context_length
 from nanoaipo.errors import InputError
 from nanoaipo.files import write_json
@@ -374,6 +375,8 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
     from nanoaipo.policy import build_policy, flops, matmul_rate
     from nanoaipo.weights import load_weights, save_policy
 
+    lap("starting")
+
     # ---- what the objective reads
     try:
         symbol_names, setting_names = losses.arguments_of(loss)
@@ -412,6 +415,7 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
     if policy.reason:
         print0(f"padded rows, one sequence each: {policy.reason}")
     load_weights(policy, model, seed)
+    lap("loading")
     trained = {name: p for name, p in policy.lm.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         trained.values(),
@@ -563,6 +567,7 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
             save_checkpoint(output_dir, done, trained, optimizer, keep_checkpoints)
 
     # ---- the result appears under its name when whole
+    lap("computing")
     save_policy(policy, output_dir, precision, tokenizer, eos_ids, RANK)
     if RANK == 0:
         metrics.close()

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import time
 
+from nanoaipo.clock import lap
 from nanoaipo.errors import InputError
 from nanoaipo.processes import DTYPES
 
@@ -50,7 +51,10 @@ def load_engine(
         # imported here: transformers takes seconds
         from nanoaipo.transformers_engine import TransformersEngine
 
-        return TransformersEngine(model, eos_ids, dtype=dtype, generate_rows=generate_rows).sample
+        lap("starting")
+        loaded = TransformersEngine(model, eos_ids, dtype=dtype, generate_rows=generate_rows)
+        lap("loading")
+        return loaded.sample
 
     if not has_vllm:
         raise InputError(
@@ -101,6 +105,8 @@ def vllm_engine(model, eos_ids, max_tokens, *, dtype, seed, tensor_parallel, gpu
     )
     from vllm import SamplingParams  # only now: start_vllm sets the environment for it
 
+    lap("loading")
+
     def sample(requests, *, n_responses, temperature, top_k, top_p, max_new_tokens, stop=()):
         prompts = []
         params = []
@@ -140,6 +146,7 @@ def start_vllm(model, max_tokens, *, dtype, seed, tensor_parallel, gpu_memory):
     import torch
     from vllm import LLM
 
+    lap("starting")
     if torch.cuda.is_available():
         memory = {"gpu_memory_utilization": gpu_memory}
     else:

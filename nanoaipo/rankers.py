@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from nanoaipo.chat import control_pattern, render, template_arguments
+from nanoaipo.clock import lap
 from nanoaipo.engines import exact_attention
 from nanoaipo.errors import InputError, reason_of
 from nanoaipo.grading import is_right
@@ -28,11 +29,14 @@ from nanoaipo.processes import pick_device
 from nanoaipo.questions import kept_replies
 from nanoaipo.served import served_fields, served_scores
 
+lap("starting")  # imports are most of it
+
 
 def pairrm(model, counts, *, rank_batch_tokens, **_):
     """PairRM, our own implementation (pairrm.py)."""
     from nanoaipo.pairrm import compare, load_pairrm
 
+    lap("starting")
     network, tokenizer = load_pairrm(model, pick_device())
 
     def rank(rows):
@@ -299,6 +303,7 @@ def annotators(model, counts, *, annotator_votes=9, pseudo_count=0.5, **settings
                 else:
                     votes = (odds.sign() + 1) / 2  # (N, N), equals share the vote
                 won += torch.where(odds.isnan(), 0, votes)
+            lap("computing")
 
         strengths = zermelo(wins, pseudo_count)  # (N,) each
         return [from_rewards(w.tolist(), 1.0) for w in strengths]
@@ -324,7 +329,9 @@ def load_ranker(ranker, model, settings, counts):
     """
     if ranker not in RANKERS:
         raise InputError(f"--ranker={ranker}: there are {', '.join(RANKERS)}")
-    return RANKERS[ranker](model, counts, **settings)
+    rank = RANKERS[ranker](model, counts, **settings)
+    lap("loading")
+    return rank
 
 
 def who_answered(ranker, model, settings):

@@ -1,8 +1,9 @@
 """Stages and their manifests: is an output complete, half done, or another run's?
 
 Beside each output stands a small JSON file with the settings, hashes of the inputs, size and hash
-of each file of the output, versions, the commit and counts of what was dropped. A stage whose
-output is there, whole and made from the same things, is not run again.
+of each file of the output, versions, the commit, counts of what was dropped, and where the time
+went since the last start (nanoaipo/clock.py). A stage whose output is there, whole and made from
+the same things, is not run again.
 """
 
 import concurrent.futures
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import time
 
+from nanoaipo.clock import lap, times
 from nanoaipo.errors import InputError
 from nanoaipo.files import find_files, json_line, shard_path, write_json
 from nanoaipo.locks import hold_lock
@@ -185,6 +187,7 @@ def open_stage(out, suffix, settings, *inputs):
     if RANK == 0:
         versions = [f"{package} {number}" for package, number in manifest["versions"].items()]
         print(*versions, "commit", manifest["commit"], flush=True)
+    lap("starting")
     return manifest
 
 
@@ -394,6 +397,8 @@ def finish_output(part, out, manifest):
     """Give the whole file `part` its name, `out`, and write what it is into its manifest."""
     (description,) = describe_files([part], os.path.dirname(part)).values()
     manifest["files"] = {os.path.basename(out): description}
+    lap("writing")
+    manifest |= times()
 
     # the rename comes last: a file under its final name is complete and has a manifest
     write_json(manifest_path(out), manifest)
@@ -402,6 +407,7 @@ def finish_output(part, out, manifest):
 
 def write_json_output(out, manifest, value):
     """Write a value as the JSON file `out`, with its manifest."""
+    lap("computing")
     write_json(out + ".part", value)
     finish_output(out + ".part", out, manifest)
 
@@ -414,6 +420,8 @@ def finish_folder(folder, manifest):
             os.remove(path)
 
     manifest["files"] = describe_files(model_files(folder), folder)
+    lap("writing")
+    manifest |= times()
     write_json(manifest_path(folder), manifest)
 
 
@@ -428,6 +436,7 @@ def open_output(out, manifest):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path + ".tmp", "w", encoding="utf-8") as f:
         yield lambda record: f.write(json_line(record))
+        lap("computing")
         f.flush()
         os.fsync(f.fileno())
     finish_output(path + ".tmp", path, manifest)
@@ -457,9 +466,11 @@ def write_blocks(out, manifest, rows, size, make_records, count):
             print(f"{part}: goes on behind {n_done} of {len(rows)} prompts", flush=True)
         for start in range(n_done, len(rows), size):
             records = make_records(rows[start : start + size])
+            lap("computing")
             f.write("".join(map(json_line, records)).encode())
             f.flush()
             os.fsync(f.fileno())
+            lap("writing")
 
     # counts are over the whole file, which may be the work of several starts
     with open(part, encoding="utf-8") as f:

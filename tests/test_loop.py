@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, run, torchrun
+from conftest import ROOT, run, torchrun, warm_environment
 
 from nanoaipo import chat, files
 from nanoaipo.pairs import read_pairs
@@ -48,7 +48,12 @@ def command(out, *arguments):
 def iterate(out, *arguments, **kwargs):
     """Run iterate.sh, small; a CompletedProcess with text."""
     return subprocess.run(
-        command(out, *arguments), cwd=ROOT, env=ENV, capture_output=True, text=True, **kwargs
+        command(out, *arguments),
+        cwd=ROOT,
+        env=warm_environment(),
+        capture_output=True,
+        text=True,
+        **kwargs,
     )
 
 
@@ -223,6 +228,30 @@ def test_killed_in_every_stage_and_run_again_the_artefacts_are_the_same(finished
     done = iterate(out)
     assert done.returncode == 0, done.stdout + done.stderr
     assert hashes(out) == hashes(finished)
+
+
+def test_every_stage_says_where_its_time_went_and_one_command_adds_it_up(finished):
+    parts = {"starting", "loading", "computing", "writing"}
+    trained = 0  # seconds of CPUs
+    for t in (1, 2):
+        for name in ("candidates", "pairs", "answers", "eval"):
+            manifest = read_json(finished, f"iter_{t}", f"{name}.manifest.json")
+            assert set(manifest["seconds"]) == set(manifest["cpu_seconds"]) == parts
+        manifest = read_json(finished, f"iter_{t}", "model", "manifest.json")
+        assert set(manifest["seconds"]) == set(manifest["cpu_seconds"]) == parts
+        trained += sum(manifest["cpu_seconds"].values())
+
+    done = run("bench/seconds.py", finished)
+
+    rows = {}
+    for line in done.stdout.splitlines()[2:]:
+        _, name, *cells, _ = line.split("|")
+        rows[name.strip()] = [float(cell.split()[0]) for cell in cells]
+    assert set(rows) == {"candidates", "pairs", "model", "answers", "eval", "all"}
+    assert rows["model"][-1] == pytest.approx(trained, abs=0.06)
+    assert rows["model"][2] > 0.2  # computing
+    for column, total in enumerate(rows.pop("all")):
+        assert total == pytest.approx(sum(row[column] for row in rows.values()), abs=0.3)
 
 
 def test_the_plot_shows_what_the_files_say(finished):
