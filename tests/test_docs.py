@@ -6,7 +6,6 @@ What a block prints is compared with what the page shows.
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -15,9 +14,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, warm_environment
 from test_eval import ALPACA, ARENA, Grader, mt_bench, published
-from warm import warm
 
 TOUR = ROOT / "docs" / "tour.md"
 README = ROOT / "README.md"
@@ -27,9 +25,6 @@ PAGES = [
     README,
     *(ROOT / "docs" / f"{p}.md" for p in ("generation", "ranking", "training", "evaluation")),
 ]
-
-BIN = os.path.dirname(sys.executable)
-ACTIVATED = {"PATH": BIN + os.pathsep + os.environ["PATH"], "VIRTUAL_ENV": sys.prefix}
 
 # Runs blocks [kind, code] in order, Python in one session; prints what each printed, as JSON.
 SESSION = """
@@ -80,7 +75,7 @@ def run_tour(folder):
         [sys.executable, "-c", SESSION],
         input=json.dumps(code),
         cwd=folder,
-        env=os.environ | ACTIVATED,
+        env=warm_environment(),
         capture_output=True,
         text=True,
     )
@@ -155,7 +150,7 @@ def test_an_exercise_is_open_before_its_diff_and_solved_after(text, folder, tmp_
         return subprocess.run(
             [sys.executable, "check.py"],
             cwd=repository,
-            env=os.environ | ACTIVATED,
+            env=warm_environment(),
             capture_output=True,
             text=True,
         )
@@ -238,7 +233,7 @@ def reply(messages):
 
 
 @pytest.fixture(scope="module")
-def run_command(folder, tmp_path_factory):
+def run_command(folder):
     """A function that runs a command where the files it names exist: (exit code, output)."""
     questions = [{"question": f"What is {k} plus 2?"} for k in range(64)]
     write_lines(folder / "my_prompts.jsonl", questions)
@@ -255,21 +250,17 @@ def run_command(folder, tmp_path_factory):
     shutil.copy(folder / "bench" / "mt_bench" / "question.jsonl", folder)
     judge = Grader(reply)
     stand_ins = STAND_INS | {"https://api.openai.com/v1": judge.url}
+    env = warm_environment() | {"OPENAI_API_KEY": "sk-none"}
 
-    with warm(tmp_path_factory.mktemp("warm"), OPENAI_API_KEY="sk-none") as env:
-        # behind the warm python come torchrun and the others of this environment
-        first, _, others = env["PATH"].partition(os.pathsep)
-        env["PATH"] = os.pathsep.join([first, BIN, others])
+    def run(command):
+        for name, stand_in in stand_ins.items():
+            command = command.replace(name, stand_in)
+        done = subprocess.run(
+            command, shell=True, cwd=folder, env=env, capture_output=True, text=True
+        )
+        return done.returncode, done.stdout + done.stderr
 
-        def run(command):
-            for name, stand_in in stand_ins.items():
-                command = command.replace(name, stand_in)
-            done = subprocess.run(
-                command, shell=True, cwd=folder, env=env, capture_output=True, text=True
-            )
-            return done.returncode, done.stdout + done.stderr
-
-        yield run
+    return run
 
 
 @pytest.mark.parametrize("command", parameters())

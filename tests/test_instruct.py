@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 import torch
-from conftest import ROOT, build_model, run, torchrun
-from test_loop import ENV, world  # noqa: F401 (a fixture)
+from conftest import ROOT, build_model, run, torchrun, warm_environment
+from test_loop import world  # noqa: F401 (a fixture)
 
 import generate
 from nanoaipo import chat, files, prompts
@@ -304,7 +304,7 @@ def test_the_loop_writes_new_instructions_and_answers_those(writer, world, tmp_p
             f"--out={tmp_path}/run",
         ],
         cwd=ROOT,
-        env=ENV,
+        env=warm_environment(),
         capture_output=True,
         text=True,
     )

@@ -11,12 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, build_model, run
+from conftest import ROOT, build_model, run, warm_environment
 from safetensors.torch import load_file
 from test_generate import pool, writer  # noqa: F401 (the world's base writes no instructions)
 from test_judge import Judge, choice
 from test_rankers import build_reward
-from warm import warm
 
 import configurator
 from nanoaipo import chat, files, pairs, prompts, stages
@@ -111,21 +110,25 @@ def test_every_recipe_is_in_the_table_of_the_readme_and_the_other_way_round():
 
 
 @pytest.fixture(scope="module")
-def iterate(tmp_path_factory):
+def iterate():
     """iterate.sh with a recipe and settings, over a warm python; a CompletedProcess."""
-    with warm(tmp_path_factory.mktemp("warm")) as env:
 
-        def run_loop(recipe, **settings):
-            command = ["bash", "iterate.sh"]
-            if recipe:
-                command.append(recipe)
-            for key, value in settings.items():
-                command.append(f"--{key}={value}")
-            return subprocess.run(
-                command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
-            )
+    def run_loop(recipe, **settings):
+        command = ["bash", "iterate.sh"]
+        if recipe:
+            command.append(recipe)
+        for key, value in settings.items():
+            command.append(f"--{key}={value}")
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            env=warm_environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
 
-        yield run_loop
+    return run_loop
 
 
 def points(server, handler, text):

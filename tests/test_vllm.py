@@ -11,11 +11,11 @@ import time
 import urllib.request
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, run, warm_environment
 from test_generate import kill_midway, read_counts, read_rows, write_rows
 from test_instruct import INSTRUCT, pool, writer  # noqa: F401 (a fixture)
 from test_judge import talker  # noqa: F401 (a fixture)
-from test_loop import ENV, world  # noqa: F401 (a fixture)
+from test_loop import world  # noqa: F401 (a fixture)
 
 from nanoaipo import chat
 from nanoaipo.prompts import read_prompts
@@ -137,7 +137,7 @@ def test_one_iteration_on_human_prompts_ends_with_a_model_that_vllm_loads(
             *without,
         ],
         cwd=ROOT,
-        env=ENV,
+        env=warm_environment(),
         capture_output=True,
         text=True,
     )
