@@ -46,6 +46,7 @@ IMPORTED = (
     "nanoaipo.policy",
     "nanoaipo.weights",
     "nanoaipo.rankers",
+    "sklearn.feature_extraction.text",
     "torch.distributed.run",
 )
 TRANSFORMERS = (
