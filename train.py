@@ -116,9 +116,6 @@ def check_settings():
     ):
         if config[key] <= 0:
             raise InputError(f"--{key}={config[key]}: has to be above 0")
-    for key in ("recompute", "sampler_tolerance"):
-        if config[key] < 0:
-            raise InputError(f"--{key}={config[key]}: at least 0, which is off")
     if not re.fullmatch(r"0?\.\d+,0?\.\d+", betas):
         raise InputError(f"--betas={betas}: has to be two numbers below 1, such as 0.9,0.999")
     if shard_size and WORLD_SIZE % shard_size:
