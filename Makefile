@@ -11,7 +11,10 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 SET ?=
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install -q
+# pip would compile all modules, one by one; Python compiles those that it imports, and keeps them
+# whatever the shell says, or every start would compile them again.
+PIP := $(BIN)/python -m pip install -q --no-compile
+export PYTHONDONTWRITEBYTECODE =
 LONGEST := tests/test_loop.py tests/test_train.py tests/test_generate.py
 
 demo: .venv/ready
