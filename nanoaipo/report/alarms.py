@@ -52,7 +52,7 @@ def guards_of(all_scores):
     """[Column]: what is said of an iteration's answers without a judge; {Source: scores}."""
     guards = {}
     for source, scores in all_scores.items():
-        for field in GUARDS:
+        for field in (*GUARDS, scores.get("guard")):  # the last of lm-evaluation-harness
             # two judges have read the same answers, so the first of them is enough
             if is_number(scores.get(field)):
                 guards.setdefault((source.bench, field), Column(source, field))
@@ -116,9 +116,16 @@ def guard_alarms(runs):
             truths = two_numbers(before, after, guard)
             alarms.setdefault(name, []).append(
                 f"from t = {s} to t = {t} the win rate by {source.judge} rose from {wins}, "
-                f"but {title(guard.field)} fell from {truths}"
+                f"but {name_of(guard)} fell from {truths}"
             )
     return alarms
+
+
+def name_of(guard):
+    """A guard in words: accuracy, or "exact_match of lm_eval gsm8k"."""
+    if guard.source.bench == "win_rate":
+        return title(guard.field)
+    return f"{title(guard.field)} of {guard.source.bench}"
 
 
 def two_numbers(before, after, column):

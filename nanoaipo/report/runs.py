@@ -3,15 +3,15 @@
 runs = {"tiny_aipo": load_run("out/tiny_aipo", recipe, settings), ...}
 
 A run has "recipe", "settings" and "iterations", {t: iteration}; load_iteration lists the fields of
-an iteration. A run may be unfinished. Besides eval.json every iter_T/*.json with a "bench" is
-read. What two judges say never shares a column: scores belong to a Source, a benchmark and a judge,
-and two models that answer to one name are two judges. Two categories share none either.
+an iteration. A run may be unfinished. Besides eval.json every iter_T/*.json with a "bench" is read,
+and what lm-evaluation-harness has written below iter_T. What two judges say never shares a column:
+scores belong to a Source, a benchmark and a judge, and two models that answer to one name are two
+judges. Two categories share none either.
 """
 
 import collections
 import glob
 import json
-import math
 import os
 
 import numpy as np
@@ -20,6 +20,7 @@ from nanoaipo.errors import InputError
 from nanoaipo.files import find_files, read_records
 from nanoaipo.messages import as_messages
 from nanoaipo.prompts import read_candidates
+from nanoaipo.report.lm_eval import is_number, is_results, is_share, read_results
 from nanoaipo.served import with_served
 from nanoaipo.stages import manifest_path
 
@@ -77,16 +78,27 @@ CONTROL |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
 # ---- fields and numbers ----
 
 
-def is_number(value):
-    return type(value) in (int, float) and math.isfinite(value)
+def described(field):
+    """(title, format) of a field, such as "acc,none" of lm-evaluation-harness."""
+    if field in FIELDS:
+        return FIELDS[field]
+    metric, comma, name = field.partition(",")
+    if not comma:
+        return field, ".2f"
+    heading = metric
+    if name != "none":
+        heading = f"{metric} {name}"
+    if is_share(metric):
+        return heading, ".1f%"
+    return heading, ".4g"
 
 
 def title(field):
-    return FIELDS.get(field, (field, ""))[0]
+    return described(field)[0]
 
 
 def is_percent(field):
-    return FIELDS.get(field, (field, ""))[1].endswith("%")
+    return described(field)[1].endswith("%")
 
 
 def format_interval(scores, field):
@@ -102,7 +114,7 @@ def format_number(value, field):
     """A number as the table prints it, "-" where there is none."""
     if not is_number(value):
         return "-"
-    spec = FIELDS.get(field, (field, ".2f"))[1]
+    spec = described(field)[1]
     if is_percent(field):
         return format(value, spec.removesuffix("%")) + "%"
     return format(value, spec)
@@ -140,6 +152,8 @@ def read_scores(path):
     list, and the number of all of them together is none.
     """
     scores = load_json(path)
+    if is_results(scores):
+        scores = read_results(scores, path)
     if not isinstance(scores, dict) or "bench" not in scores:
         return []
     parts = scores.get("categories") or {}
@@ -187,8 +201,10 @@ def source_of(scores):
 
 def read_all_scores(folder):
     """{Source: scores} of all benchmarks of an iteration."""
+    paths = glob.glob(f"{glob.escape(folder)}/*.json")
+    paths += glob.glob(f"{glob.escape(folder)}/**/results_*.json", recursive=True)  # lm_eval's
     all_scores = {}
-    for path in sorted(glob.glob(f"{glob.escape(folder)}/*.json")):
+    for path in sorted(set(paths)):
         for scores in read_scores(path):
             source = source_of(scores)
             if source in all_scores:  # two files of one judge would overwrite each other
