@@ -1,6 +1,6 @@
 """AIPO (arXiv 2409.08845) on Mistral-Large-2407, as far as 8 GPUs of 80 GB go: adapters.
 
-Leaves out training all weights: 123e9 x 16 bytes are 1.97 TB, so four such nodes (README).
+Leaves out training all weights: 123e9 x 16 bytes are 1.97 TB, so five such nodes (README).
 """
 model = "mistralai/Mistral-Large-Instruct-2407"  # Tab. 3
 prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # the paper's pool, 61,135 prompts

@@ -1,7 +1,7 @@
 """AIPO's comparison of rankers (arXiv 2409.08845, Tab. 4), row self-reward.
 
-The policy judges itself. The table's base model, objective and data are not in our notes: all but
-the ranker is the last row of Table 1, ours.
+The policy judges itself. The table's base model is not in our notes, and it ranks responses to the
+pool's own instructions (README): all but the ranker is the last row of Table 1, ours.
 """
 model = "mistralai/Mistral-7B-Instruct-v0.2"  # ours
 prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # the paper's pool

@@ -553,6 +553,9 @@ def preflight(settings):
 
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     lines, refusals = report(s, find_machine(s), baseline)
+    if refusals:
+        lines += ["", "does not fit:"]
+        lines += [f"  {refusal}" for refusal in refusals]
     print("\n".join(lines), flush=True)
     if refusals:
-        raise InputError("\ndoes not fit:\n  " + "\n  ".join(refusals))
+        raise InputError("this run does not fit into this machine, as said above")
