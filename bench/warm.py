@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Sends where its output goes, its folder, environment and arguments; ends with the status that
 # comes back. 9 is the lock of iterate.sh, open where that takes it.
 CLIENT = """
-import json, os, socket, sys
+import json, os, signal, socket, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
 files = [n for n in (1, 2, 9) if os.path.exists(f"/dev/fd/{n}")]
 with socket.socket(socket.AF_UNIX) as s:
     s.connect(sys.argv[1])

@@ -10,7 +10,7 @@ export OMP_NUM_THREADS=1
 python bench/warm.py bash iterate.sh config/tiny.py --loss=dpo --out=out/tiny_dpo \
   > out/tiny_dpo.log 2>&1 &
 dpo=$!
-trap 'kill $dpo' EXIT # an interrupted demo leaves nothing running
+trap 'kill $dpo 2> /dev/null || true' EXIT # an interrupted demo leaves nothing running
 python bench/warm.py bash iterate.sh config/tiny.py --out=out/tiny_aipo
 
 echo "--- waiting for DPO, whose answers are longer (out/tiny_dpo.log)"
