@@ -1,14 +1,17 @@
-"""lm-evaluation-harness's results as a bench of the report.
+"""lm-evaluation-harness's results as a bench of the report, and the package itself where it is.
 
-lm_eval_results.json was written by lm_eval 0.4.13 for two tasks of our own, with 16 questions and a
+lm_eval_results.json was written by lm_eval 0.4.13 for the tasks below, with 16 questions and a
 model whose answers were written by hand; the tasks' configurations and the machine are taken out.
 """
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
-from conftest import ROOT
-from test_report import build_run, evaluation, guard_lines, make_report, write_json
+from conftest import NO_GPU, ROOT
+from test_report import build_run, evaluation, guard_lines, make_report, write, write_json
 
 from nanoaipo.errors import InputError
 from nanoaipo.report.lm_eval import read_results
@@ -126,3 +129,84 @@ def test_a_task_that_falls_while_the_win_rate_rises_is_a_guard(results, tmp_path
         "but exact_match behind-is of lm_eval tiny_stated fell from 90.0% to 50.0%"
     )
     assert "no guard" not in printed
+
+
+# ---- the package itself ----
+
+COMMON = """\
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+doc_to_text: "{{question}}"
+"""
+TASKS = {
+    "tiny_stated": """\
+output_type: generate_until
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["</s>"], do_sample: false, max_gen_toks: 24}
+filter_list:
+  - name: behind-is
+    filter: [{function: regex, regex_pattern: "is (\\\\w+)"}, {function: take_first}]
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1.0}
+""",
+    "tiny_choice": """\
+output_type: multiple_choice
+doc_to_target: 0
+doc_to_choice: "{{choices}}"
+target_delimiter: ""
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+metadata: {version: 2.0}
+""",
+}
+
+
+def write_tasks(folder, n):
+    """Tasks of our own in the package's format, on n opposites of the embedded world."""
+    rows = []
+    for line in open(ROOT / "tiny" / "world" / "heldout.jsonl", encoding="utf-8"):
+        prompt = json.loads(line)
+        if prompt["family"] == "opposite":
+            right = prompt["answer"]["accept"][0]
+            wrong = "cold" if right == "hot" else "hot"
+            choices = [right, wrong]
+            rows.append({"question": prompt["prompt"], "answer": right, "choices": choices})
+    data = folder / "opposites.jsonl"
+    write(data, rows[:n])
+    for name, text in TASKS.items():
+        task = f"task: {name}\n{COMMON.replace('DATA', str(data))}{text}"
+        (folder / f"{name}.yaml").write_text(task, encoding="utf-8")
+
+
+def run_harness(folder, output, n):
+    """The command of docs/evaluation.md, on the tasks above and a processor."""
+    write_tasks(folder, n)
+    model = ROOT / "tiny" / "world" / "base"
+    command = f"-m lm_eval run --model hf --model_args pretrained={model},dtype=float32"
+    command += f" --tasks {','.join(TASKS)} --include_path {folder} --apply_chat_template"
+    command += f" --batch_size 8 --device cpu --output_path {output}"
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
+    done = subprocess.run(
+        [sys.executable, *command.split()],
+        env=os.environ | NO_GPU | offline,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_package_evaluates_a_saved_policy_and_the_report_reads_it(tmp_path):
+    reason = "lm_eval is not installed, so its results come from a file: pip install 'lm_eval[hf]'"
+    pytest.importorskip("lm_eval", reason=reason)
+    run = build_run(tmp_path / "run", T=1)
+
+    run_harness(tmp_path, run / "iter_1" / "lm_eval", n=16)
+
+    printed, page = make_report(run)
+    assert "lm_eval tiny_stated, judge: version 1.0, 0-shot, chat template" in printed
+    assert "; n 16; " in printed
+    head = page.tables[0][1]
+    assert {"exact_match behind-is", "acc", "acc_norm"} <= set(head)
