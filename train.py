@@ -189,8 +189,11 @@ def open_metrics(path, start):
     return metrics
 
 
-def check_step(record, expected):
-    """Raise InputError if the first loss is not the expected one, or a step's is not finite."""
+def check_step(record, expected, batch):
+    """Raise InputError if the first loss is not the expected one, or a step's is not finite.
+
+    Then the step's pairs, batch, are written into a file beside `out`, to be looked at.
+    """
     step = record["step"]
     tolerance = 1e-3 if dtype == "float32" else 2e-2
     difference = abs(record["loss"] - expected)
@@ -201,9 +204,14 @@ def check_step(record, expected):
             "a kernel that is not deterministic? a wrong --reference_cache?)"
         )
     if not math.isfinite(record["loss"] + record["grad_norm"]):
+        path = out.rstrip("/") + ".not_finite.jsonl"
+        if RANK == 0:
+            with open(path, "w", encoding="utf-8") as f:
+                for pair in batch:
+                    f.write(json.dumps(pair, default=list) + "\n")  # ids are arrays
         raise InputError(
             f"step {step + 1}: the loss is {record['loss']}, the gradient's norm "
-            f"{record['grad_norm']}: lower --lr, or look at its pairs"
+            f"{record['grad_norm']}: lower --lr, or look at its pairs in {path}"
         )
 
 
@@ -541,7 +549,7 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
             group["lr"] = step_lr
         grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip).full_tensor().item()
         record = {"step": step, "lr": step_lr, **means, "grad_norm": grad_norm, **compared}
-        check_step(record, expected)
+        check_step(record, expected, [records[i] for i in batch])
         optimizer.step()
         optimizer.zero_grad()
 

@@ -744,11 +744,25 @@ def test_a_schedule_that_does_not_exist_is_named(refused_here):
     assert "--schedule" in refused_here(schedule="cosin")
 
 
-def test_a_run_whose_loss_is_no_longer_finite_ends_without_a_result(refused_here):
-    message = refused_here(**DPO, batch_size=3, epochs=4, lr=1e6)
+def test_a_run_whose_loss_is_no_longer_finite_keeps_its_checkpoint_and_the_pairs_of_the_step(
+    tiny_model, pairs, tmp_path
+):
+    settings = DPO | {"model": tiny_model, "pairs": pairs, "batch_size": 3, "epochs": 4}
+    done = run("train.py", **settings, out=tmp_path / "out", lr=1e6, checkpoint_every=1)
 
-    assert "step" in message
-    assert "nan" in message.lower()
+    assert done.returncode == 1
+    (message,) = done.stderr.splitlines()
+    step = int(re.match(r"step (\d+): the loss is ", message)[1])
+    assert message.endswith(f"look at its pairs in {tmp_path}/out.not_finite.jsonl")
+    assert not (tmp_path / "out").exists()
+    checkpoints = sorted(folder.name for folder in (tmp_path / "out.tmp").glob("step_*"))
+    assert checkpoints[-1] == f"step_{step - 1:06d}"
+
+    # the pairs can be trained on as they are; an epoch of 7 has steps of 3, 3 and 1
+    kept = (tmp_path / "out.not_finite.jsonl").read_text().splitlines()
+    assert len(kept) == [3, 3, 1][(step - 1) % 3]
+    settings |= {"pairs": tmp_path / "out.not_finite.jsonl", "epochs": 1, "lr": 1e-5}
+    assert run("train.py", **settings, out=tmp_path / "again").returncode == 0
 
 
 def test_a_slash_after_the_name_of_the_result_changes_nothing(tiny_model, pairs, tmp_path):
