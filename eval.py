@@ -28,7 +28,7 @@ from nanoaipo.errors import InputError
 from nanoaipo.guard import GUARDS, NO_GUARD, guard_interval, guard_scores, lies_above
 from nanoaipo.prompts import read_candidates
 from nanoaipo.responses import answer_length
-from nanoaipo.served import served_fields, served_scores, with_served
+from nanoaipo.served import with_served
 from nanoaipo.stages import fingerprint, manifest_path, open_stage, write_json_output
 from nanoaipo.stats import LENGTH_ALARM, interval, length_controlled_interval, variety
 
@@ -81,10 +81,15 @@ def evaluate_win_rate():
 
     prompts, ours, theirs = join_answers(answers, baseline)
     won = judge_answers(prompts, ours, theirs)
+
+    # of a judge behind an endpoint, the model that it says it served
+    from nanoaipo.rankers import who_answered  # it imports torch
+
+    manifest["served"] = who_answered(eval_ranker, eval_ranker_model, config)
     scores = {
         "bench": bench,
         "judge": judge,
-        **who_answered(),
+        **manifest["served"].get(eval_ranker_model, {}),
         "date": time.strftime("%Y-%m-%d"),
         **score_answers(prompts, ours, theirs, won),
     }
@@ -180,16 +185,6 @@ def judge_answers(prompts, ours, theirs):
     for k, (_, odds) in zip(differ, rank(rows)):
         won[k] = outcome(float(odds[0, 1]))
     return won
-
-
-def who_answered():
-    """Of a judge behind an endpoint: the served_model and so on, as served_scores has them."""
-    if eval_ranker != "judge" or not judge_url:
-        return {}
-    from nanoaipo.questions import kept_replies
-
-    replies = kept_replies(out, eval_ranker_model)
-    return served_scores([served_fields(reply) for reply in replies], out)
 
 
 def outcome(log_odds):

@@ -571,11 +571,8 @@ def check_settings():
         )
     at_least = {
         "max_pairs": 1,
-        "meta_repeats": 0,
-        "max_length_gap": 0,
         "judge_votes": 1,
         "judge_concurrency": 1,
-        "annotator_votes": 0,
         "pseudo_count": 0.01,
         "reward_temperature": 1e-6,
     }

@@ -186,6 +186,18 @@ def test_training_takes_the_memory_it_says(given, tmp_path):
     assert measured < 1.25 * (need + baseline) / GIB
 
 
+def test_recomputing_every_other_layer_lies_between_all_and_none(tmp_path):
+    m = estimate.model_sizes(str(build_model(tmp_path / "model", num_hidden_layers=8)), "float32")
+    need = {}
+    for every in (0, 1, 2):
+        s = settings(dtype="float32", recompute=every)
+        need[every] = estimate.train_memory(m, s, 1000, 800, on_cpu=True)
+
+    # half of the layers keep theirs, and one of the others is computed again
+    share = (need[2] - need[1]) / (need[0] - need[1])
+    assert 0.4 < share < 0.7
+
+
 def test_the_first_loss_is_what_train_prints(tiny_model, tmp_path):
     # Two responses that are equally likely: tokens 14 and 15 have one row in the head
     lm = AutoModelForCausalLM.from_pretrained(tiny_model)
