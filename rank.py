@@ -66,6 +66,7 @@ max_response_tokens = 2016              # longer ones are left out (AIPO: 2,016,
 drop_unfinished = True                  # leave out responses that were cut at the engine's limit
 drop_url = True                         # no pair whose chosen response holds a URL (AIPO)
 reward_temperature = 1.0                # z = difference of scores / this (reward, judge, answer)
+length_bias = 0.0                       # points added for each 100 words: a judge that likes length
 # the judge's endpoint is OpenAI-compatible, its key stands in OPENAI_API_KEY
 judge_url = ""                          # endpoint of the judge; empty: an engine here
 judge_mode = "score"                    # score: 0 to 5 points; pairwise: two, in both orders;
@@ -509,10 +510,12 @@ def judge_the_judge(settings, manifest):
     for row in preferences:
         row["texts"] = list(first_of_each_text(row["responses"]))
 
-    from nanoaipo.rankers import load_ranker, who_answered
+    from nanoaipo.rankers import load_ranker, who_answered, with_length_bias
 
     counts = collections.Counter()
     rank = load_ranker(ranker, settings["ranker_model"], settings, counts)
+    if length_bias:
+        rank = with_length_bias(rank, length_bias, reward_temperature)
     runs = []
     for run in range(1 + meta_repeats):
         rows = preferences
@@ -634,12 +637,14 @@ def main():
     counts["prompts"] = len(competitors)
 
     # scores and log-odds of each prompt's distinct texts; torch is imported only now
-    from nanoaipo.rankers import load_ranker, who_answered
+    from nanoaipo.rankers import load_ranker, who_answered, with_length_bias
 
     if weaker:
         labels = labels_by_model(competitors, reward_temperature)
     else:
         rank = load_ranker(ranker, settings["ranker_model"], settings, counts)
+        if length_bias:
+            rank = with_length_bias(rank, length_bias, reward_temperature)
         rows = []
         for row, responses in competitors:
             rows.append(row | {"texts": list(first_of_each_text(responses))})

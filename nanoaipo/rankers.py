@@ -334,6 +334,24 @@ def load_ranker(ranker, model, settings, counts):
     return rank
 
 
+def with_length_bias(rank, length_bias, reward_temperature):
+    """The function `rank` of a judge that likes length: points more for each 100 words of a text.
+
+    Scores rise by them, and the odds by their difference / reward_temperature. It is for
+    experiments: how much of such a bias does an objective amplify?
+    """
+
+    def rank_with_bias(rows):
+        for row, (scores, odds) in zip(rows, rank(rows)):
+            n_words = torch.tensor([len(text.split()) for text in row["texts"]])  # (N,)
+            points = length_bias * n_words / 100
+            if scores is not None:
+                scores = scores + points
+            yield scores, odds + (points[:, None] - points) / reward_temperature
+
+    return rank_with_bias
+
+
 def who_answered(ranker, model, settings):
     """{judge asked for: its served_model and so on, as served_scores has them}, of an endpoint.
 

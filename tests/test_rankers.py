@@ -763,6 +763,31 @@ def test_the_answer_ranker_rewards_only_who_follows_all_instructions():
     assert scores.tolist() == [1.0, 0.0, 0.0]
 
 
+def test_a_length_bias_adds_points_for_each_hundred_words():
+    texts = ["word " * 10, "word " * 60, "word"]
+
+    def rank_by_score(rows):
+        return [judges.from_rewards([0.5, 0.0, math.nan], temperature=2.0) for _ in rows]
+
+    def rank_by_odds(rows):
+        return [(None, torch.zeros(3, 3)) for _ in rows]
+
+    # 2 points for 100 words: 0.2, 1.2 and 0.02
+    biased = rankers.with_length_bias(rank_by_score, 2.0, reward_temperature=2.0)
+    ((scores, odds),) = biased([{"texts": texts}])
+    assert scores[:2].tolist() == pytest.approx([0.7, 1.2])
+    assert scores[2].isnan()
+    assert odds[1, 0].item() == pytest.approx((1.2 - 0.7) / 2)
+    assert odds[2, 0].isnan()
+
+    # where there are odds alone, the bias is in them, too
+    biased = rankers.with_length_bias(rank_by_odds, 2.0, reward_temperature=1.0)
+    ((scores, odds),) = biased([{"texts": texts}])
+    assert scores is None
+    assert odds[1, 2].item() == pytest.approx(1.2 - 0.02)
+    assert torch.equal(odds, -odds.T)
+
+
 def test_a_rankers_own_defaults_are_those_of_the_settings():
     """eval.py does not declare all of them, so a ranker falls back to its own."""
     compared = set()
