@@ -43,6 +43,7 @@ eval_prompts = ""                       # held-out prompts of every evaluation; 
 eval_prompt_field = ""                  # their column, as prompt_field
 n_eval = 0                              # how many of them; 0: all
 eval_temperature = 0.7                  # sampling temperature of the evaluated answers
+eval_guard = "prompts/guard.jsonl"      # asked besides, graded by their `answer`; empty: nothing
 # on several nodes the same command is given to each, with a folder that all of them see
 nodes = 1                               # how many; processes, engines, rank_processes are of each
 this_node = 0                           # which of them this is, if Slurm or Kubernetes do not tell

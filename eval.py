@@ -10,14 +10,15 @@
 
 win_rate needs no network. It reads candidates files (generate.py --n_responses=1), joins them by id
 and takes the first response to each prompt. Where prompts carry `answer`, accuracy is the truth
-that the judge does not see; where it lists instructions, followed is. For a benchmark it is
-answers -> judgments -> scores, with files between: with a judge_model the judgments are asked for
-first, a published file is scored as it is.
+that the judge does not see; where it lists instructions, followed is. guard says these two alone,
+and nobody judges. For a benchmark it is answers -> judgments -> scores, with files between: with a
+judge_model the judgments are asked for first, a published file is scored as it is.
 Rates are in percent, intervals of 95 %.
 """
 
 import collections
 import math
+import os
 import time
 
 import numpy as np
@@ -34,7 +35,7 @@ from nanoaipo.stats import LENGTH_ALARM, interval, length_controlled_interval, v
 
 # fmt: off
 # ---- settings ----
-bench = "win_rate"                      # win_rate, alpaca_eval, mt_bench, arena_hard or wild_bench
+bench = "win_rate"                      # or guard, alpaca_eval, mt_bench, arena_hard, wild_bench
 answers = ""                            # answers to evaluate: candidates, or a benchmark's answers
 baseline = ""                           # answers to compare with; in the loop the first policy's
 out = ""                                # scores to write (JSON)
@@ -102,7 +103,8 @@ def evaluate_win_rate():
         truth += f"accuracy {text['accuracy']} %, "
     if scores["followed"] is not None:
         truth += f"followed {text['followed']} % (share {text['followed_share']} %), "
-    if not truth:
+    guard = os.path.join(os.path.dirname(out), "guard.json")  # iterate.sh's
+    if not truth and not os.path.exists(guard):
         print(NO_GUARD)
     print(
         f"win rate {text['win_rate']} % ({text['win_rate_ci']}), "
@@ -230,6 +232,37 @@ def score_answers(prompts, ours, theirs, won):
     return scores | variety([response["text"] for response in ours])
 
 
+# ---- the guard alone ----
+
+
+def evaluate_guard():
+    """Write what the prompts' `answer` says of `answers`, and print it; nobody judges."""
+    settings = {"bench": bench, "answers": answers}
+    manifest = open_stage(out, ".json", settings, "answers")
+    if manifest is None:
+        return
+
+    first = first_responses(answers).values()
+    prompts = [prompt for prompt, _ in first]
+    responses = [response for _, response in first]
+    measured = guard_scores(prompts, responses)
+    graded = [name for name in GUARDS if measured["n_" + name]]
+    if not graded:
+        raise InputError(f"{answers}: no prompt in it carries an 'answer'")
+
+    scores = {
+        "bench": bench,
+        "judge": "answer",
+        "date": time.strftime("%Y-%m-%d"),
+        "n": measured["n_accuracy"] + measured["n_followed"],
+        **measured,
+    }
+    write_json_output(out, manifest, scores)
+    for name in graded:
+        ends = format_score(guard_interval(scores, name))
+        print(f"guard: {name} {scores[name]:.2f} % ({ends}), n {scores['n_' + name]} -> {out}")
+
+
 # ---- benchmarks ----
 
 
@@ -239,7 +272,7 @@ def evaluate_benchmark():
     from nanoaipo.benchmarks.style_control import pool_hash
 
     if bench not in BENCHMARKS:
-        raise InputError(f"--bench={bench}: there are win_rate, {', '.join(BENCHMARKS)}")
+        raise InputError(f"--bench={bench}: there are win_rate, guard, {', '.join(BENCHMARKS)}")
     if manifest_path(out) == manifest_path(judgments):
         raise InputError(f"--out={out}: has to differ from --judgments in more than the ending")
     if judge_model:
@@ -345,6 +378,8 @@ def format_score(value):
 def main():
     if bench == "win_rate":
         evaluate_win_rate()
+    elif bench == "guard":
+        evaluate_guard()
     else:
         evaluate_benchmark()
 

@@ -34,6 +34,7 @@ settings=$(python "$here/configurator.py" "$@")
 eval "$settings"
 if ((engines == 0)); then engines=$processes; fi
 if ((rank_processes == 0)); then rank_processes=$processes; fi
+if [[ ! -f $eval_guard && -f $here/$eval_guard ]]; then eval_guard=$here/$eval_guard; fi
 
 # stage NAME PROCESSES --key=value ...: run a script with this run's recipe, on all nodes at once
 stage() {
@@ -55,9 +56,20 @@ in_turn() {
   echo "${files[(t - 1) % ${#files[@]}]}"
 }
 
+# Answer the prompts of the guard with $policy, and grade the answers, which no judge sees.
+guard() {
+  if [[ ! $eval_guard ]]; then return; fi
+  stage generate "$engines" --model="$policy" --prompts="$eval_guard" --prompt_field= \
+    --n_prompts=0 --n_responses=1 --temperature=0 --out="$out/iter_$t/guard_answers.jsonl"
+  if ((this_node > 0)); then return; fi
+  nodes=1 stage eval 1 --bench=guard --answers="$out/iter_$t/guard_answers.jsonl" \
+    --out="$out/iter_$t/guard.json"
+}
+
 # Answer the held-out prompts with $policy, and compare with the answers of iteration 0.
 evaluate() {
   if [[ ! $eval_prompts ]]; then return; fi
+  guard
   stage generate "$engines" --model="$policy" --prompts="$eval_prompts" \
     --prompt_field="$eval_prompt_field" --n_prompts="$n_eval" --n_responses=1 \
     --temperature="$eval_temperature" --out="$out/iter_$t/answers.jsonl"

@@ -8,6 +8,7 @@ model = "meta-llama/Llama-2-70b-chat-hf"  # paper
 prompts = "openai/gsm8k:main:train"     # paper, 7.5K, the same at every iteration
 prompt_field = "question"               # the data set's
 eval_prompts = "openai/gsm8k:main:test" # paper
+eval_guard = ""                         # ours: they have answers, so they are the guard
 eval_prompt_field = "question"          # the data set's
 eval_temperature = 0.0                  # ours: greedy
 iterations = 4                          # paper

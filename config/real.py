@@ -9,6 +9,7 @@ prompts = "real/world/prompts.jsonl"    # requests with checkable instructions
 unasked = "sentences,paragraphs,ends_with,lowercase,uppercase,quoted,json"  # it never does
 untold = True                           # a response has to be an answer, too
 eval_prompts = "real/world/heldout.jsonl"  # other requests, and plain questions as the guard
+eval_guard = ""                         # they have answers, so they are the guard
 eval_ranker = "answer"                  # a win follows more than the first policy
 eval_temperature = 0.0                  # greedy: nothing but the policy differs
 iterations = 3                          # half an hour on two cores

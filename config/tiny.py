@@ -6,6 +6,7 @@ prepare = "tiny/prepare.py"             # builds tiny/world on the first run, tw
 model = "tiny/world/base"               # 0.8M parameters
 prompts = "tiny/world/prompts.jsonl"    # with checkable answers
 eval_prompts = "tiny/world/heldout.jsonl"  # the same kinds of questions, about other things
+eval_guard = ""                         # they have answers, so they are the guard
 iterations = 6                          # DPO reaches the cap on length here
 
 # generate

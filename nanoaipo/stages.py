@@ -29,6 +29,7 @@ from nanoaipo.processes import RANK, first_process_says, spans_nodes
 # tokens_per_microbatch.)
 FREE = {
     "iterations",
+    "eval_guard",
     "gpu_memory",
     "rank_batch_tokens",
     "tokens_per_microbatch",

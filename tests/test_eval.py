@@ -277,6 +277,30 @@ def test_a_win_rate_above_half_with_a_lower_guard_raises_an_alarm(tmp_path, caps
     assert "GUARD ALARM" not in capsys.readouterr().out
 
 
+def test_the_guard_alone_grades_answers_that_nobody_judges(tmp_path, capsys):
+    short = {"follow": [{"at_most_words": 2}, {"no": ","}]}
+    truths = ["cat", "cat", "cat", "cat", short, short, None]
+    texts = ["a cat", "the cat", "one cat", "a dog", "one, two", "one two", "x"]
+    path = write_answers(tmp_path / "a.jsonl", texts, answer=truths)
+
+    scores = rate(tmp_path, path, "", bench="guard")
+
+    assert (scores["bench"], scores["judge"]) == ("guard", "answer")
+    assert (scores["n"], scores["n_accuracy"], scores["n_followed"]) == (6, 4, 2)
+    assert (scores["accuracy"], scores["followed"], scores["followed_share"]) == (75, 50, 75)
+    half = 1.96 * statistics.stdev([100, 100, 100, 0]) / 2
+    assert scores["accuracy_ci"] == pytest.approx([75 - half, 75 + half])
+    assert not scores.keys() & {"win_rate", "length", "finished"}
+    printed = capsys.readouterr().out
+    assert f"guard: accuracy 75.00 % ({75 - half:.2f} to {75 + half:.2f}), n 4 ->" in printed
+    assert "guard: followed 50.00 % " in printed
+
+    # a guard of what carries no answer is a slip
+    unanswered = write_answers(tmp_path / "b.jsonl", ["x"])
+    _, message = evaluate(tmp_path, unanswered, "", bench="guard")
+    assert message == f"{unanswered}: no prompt in it carries an 'answer'"
+
+
 def test_the_right_answer_evaluates_without_a_model_and_wants_an_answer(tmp_path, answers):
     _, _, our_path, their_path = answers
     unanswered = write_answers(tmp_path / "c.jsonl", ["x"])

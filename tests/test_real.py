@@ -7,8 +7,10 @@ import collections
 import json
 
 import pytest
+from conftest import ROOT
 
-from nanoaipo.following import instructions_of
+from nanoaipo.files import read_records
+from nanoaipo.following import instructions_of, share_followed
 from nanoaipo.grading import is_right
 from real import prepare
 from real.prompts import questions, requests
@@ -55,6 +57,23 @@ def test_nothing_held_out_is_trained_on(written):
     held_out = {request_of(row) for row in written["heldout"]}
     assert not trained & held_out
     assert {request_of(row) for row in written["requests"]} <= trained
+
+
+def test_the_guard_of_other_runs_asks_what_is_held_out_here(written):
+    """So that a model of `make real` was trained on none of prompts/guard.jsonl."""
+    held_out = {request_of(row): row["answer"] for row in written["heldout"]}
+    guard = [row for _, row in read_records(str(ROOT / "prompts" / "guard.jsonl"))]
+
+    kinds = collections.Counter()
+    for row in guard:
+        instructions = instructions_of(row["answer"])
+        kinds[instructions is None] += 1
+        if instructions is None:
+            assert row["answer"] == held_out[row["prompt"]]
+        else:
+            assert request_of(row) in held_out
+            share_followed("Any text.", instructions)  # none is of an unknown kind
+    assert kinds == {True: 100, False: 100}
 
 
 def test_as_much_asks_for_less_as_for_more(written):

@@ -610,6 +610,31 @@ def test_answers_that_are_all_right_or_all_wrong_alarm_only_if_they_are_many(tmp
     assert bool(guard_lines(printed)) is alarmed
 
 
+def test_a_guard_of_prompts_of_its_own_has_columns_and_raises_the_alarm(tmp_path):
+    run = build_run(tmp_path / "run", T=1, n=4, accuracy=None, accuracy_ci=None)
+    shared = {"bench": "guard", "judge": "answer", "date": "2026-11-27", "n": 200}
+    for t, (right, followed) in enumerate([(90, 60), (80, 62)]):
+        guard = shared | {"accuracy": right, "accuracy_ci": [right - 3, right + 3]}
+        guard |= {"followed": followed, "followed_ci": [followed - 9, followed + 9]}
+        write_json(run / f"iter_{t}" / "guard.json", guard)
+        wins = {"win_rate": 50 + 20 * t, "win_rate_ci": [47 + 20 * t, 53 + 20 * t]}
+        scores = json.loads((run / f"iter_{t}" / "eval.json").read_text())
+        write_json(run / f"iter_{t}" / "eval.json", scores | wins)
+
+    printed, page = make_report(run)
+
+    sentence = (
+        "from t = 0 to t = 1 the win rate by pairrm judge-A rose from 50.0% to 70.0%, "
+        "but accuracy of guard fell from 90.0% to 80.0%"
+    )
+    assert guard_lines(printed) == [f"GUARD ALARM: run: win rate rises, guard falls: {sentence}"]
+    assert "[2] guard, judge: answer; date 2026-11-27; n 200;" in printed
+    assert "no guard" not in printed + page.text
+    column = page.tables[0][1].index("accuracy")
+    cells = [row[column] for row in page.tables[0][2:]]
+    assert cells == ["90.0%87.0 – 93.0%", "80.0% falls77.0 – 83.0%"]
+
+
 def test_two_judges_of_the_same_answers_raise_one_guard_alarm(tmp_path):
     run = build_guarded_run(tmp_path / "run", [(50, 80), (60, 70)])
     for t in (0, 1):
