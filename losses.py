@@ -225,14 +225,14 @@ OBJECTIVES = dict(
 # fmt: on
 
 
-def weights_of(loss):
-    """{objective: weight} of a loss: one, or a mix as MPO's 0.8*dpo+0.2*bco+nll (2411.10442).
+def weights_of(mix):
+    """{objective: weight} of a mix: one objective, or several: 0.8*dpo+0.2*bco+nll (2411.10442).
 
     Raises ValueError for a term that is neither an objective nor weight*objective, a weight of 0,
     and an objective that comes twice.
     """
     weights = {}
-    for term in loss.split("+"):
+    for term in mix.split("+"):
         match = re.fullmatch(r" *(?:(\d*\.?\d+(?:e-?\d+)?) *\* *)?([a-z]\w*) *", term)
         if match is None or match[2] not in OBJECTIVES:
             raise ValueError(
@@ -248,10 +248,10 @@ def weights_of(loss):
     return weights
 
 
-def arguments_of(loss):
-    """(symbols, settings) that a loss reads: the names before and behind the star of each term."""
+def arguments_of(mix):
+    """(symbols, settings) that a mix reads: the names before and behind the star of each term."""
     parameters = []
-    for name in weights_of(loss):
+    for name in weights_of(mix):
         parameters += inspect.signature(OBJECTIVES[name]).parameters.values()
     symbols = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
     settings = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
@@ -259,7 +259,7 @@ def arguments_of(loss):
 
 
 def term_losses(mix, symbols, *, label_smoothing=0.0, **settings):
-    """{objective: loss per pair, (B,)} of each term of a loss, before its weight.
+    """{objective: loss per pair, (B,)} of each term of a mix, before its weight.
 
     symbols: `margins(...)`. Settings that no term reads are ignored. label_smoothing turns p into
     (1 - eps) p + eps (1 - p) for every objective that reads p. Raises ValueError for an unknown
@@ -277,25 +277,28 @@ def term_losses(mix, symbols, *, label_smoothing=0.0, **settings):
     terms = {}
     for name in weights_of(mix):
         symbol_names, setting_names = arguments_of(name)
-        arguments = {}
-        for kind, names, source in (
-            ("column of the pairs", symbol_names, symbols),
-            ("setting", setting_names, settings),
-        ):
-            for key in names:
-                if source.get(key) is None:
-                    raise ValueError(
-                        f"loss '{name}' needs the {kind} '{key}'; there are: {', '.join(source)}"
-                    )
-                arguments[key] = source[key]
+        arguments = select(symbols, symbol_names, f"loss '{name}' needs the column of the pairs")
+        arguments |= select(settings, setting_names, f"loss '{name}' needs the setting")
         terms[name] = OBJECTIVES[name](**arguments)
     return terms
 
 
-def pair_loss(mix, symbols, **settings):
-    """Loss per pair, (B,), of an objective or a mix: the weighted sum of `term_losses`."""
-    terms = term_losses(mix, symbols, **settings)
+def select(values, names, needs):
+    """{name: value} of these names; raises ValueError, which begins with `needs`, without one."""
+    for name in names:
+        if values.get(name) is None:
+            raise ValueError(f"{needs} '{name}'; there are: {', '.join(values)}")
+    return {name: values[name] for name in names}
+
+
+def weighted_sum(mix, terms):
+    """Loss per pair, (B,), of a mix: its `term_losses`, each times its weight."""
     return sum(weight * terms[name] for name, weight in weights_of(mix).items())
+
+
+def pair_loss(mix, symbols, **settings):
+    """Loss per pair, (B,), of a mix; the arguments are those of `term_losses`."""
+    return weighted_sum(mix, term_losses(mix, symbols, **settings))
 
 
 # ---------------------------------------------------------------------------- from tokens to pairs

@@ -477,9 +477,9 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
     matrix_size = 8192 if device.type == "cuda" else 1536
     peak_rate = matmul_rate(matrix_size, device, precision)  # FLOP/s, what MFU refers to
     n_trained = sum(p.numel() for p in trained.values())
-    terms = ", ".join(f"{key}={config[key]}" for key in setting_names)
+    loss_settings = ", ".join(f"{key}={config[key]}" for key in setting_names)
     print0(
-        f"loss {loss}({terms}), {len(records)} pairs, {len(steps)} steps, "
+        f"loss {loss}({loss_settings}), {len(records)} pairs, {len(steps)} steps, "
         f"{n_trained / 1e6:.2f}M parameters to train\n"
         f"{WORLD_SIZE} x {device.type}, attention {policy.kernel}, matrix products "
         f"{peak_rate / 1e12:.2f} TFLOP/s in {dtype} (measured; what MFU refers to)\n"
@@ -510,7 +510,8 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
             pair_ids = micro_batch[RANK]
             logp_w, logp_l, weights, padding = forward(pair_ids)
             m = symbols(pair_ids, logp_w, logp_l)
-            per_pair = losses.pair_loss(loss, m, **config)  # (B,)
+            terms = losses.term_losses(loss, m, **config)  # {objective: (B,)}
+            per_pair = losses.weighted_sum(loss, terms)  # (B,)
 
             # FSDP averages over the processes; WORLD_SIZE makes it the mean over the step's pairs
             mean_loss = (weights * per_pair).sum() * WORLD_SIZE / n_pairs
@@ -536,7 +537,7 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
                 ),
             }
             if loss not in losses.OBJECTIVES:  # a mix: its terms, before their weights
-                for name, term in losses.term_losses(loss, m, **config).items():
+                for name, term in terms.items():
                     logged["loss_" + name] = term
             totals = totals + torch.stack([x.detach().sum() for x in logged.values()])
 
