@@ -54,24 +54,29 @@ def plan(lengths, order, batch_size, world_size, budget, padded=False):
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         if padded:
-            steps.append(plan_padded_step(lengths, batch, world_size, budget))
+            groups = padded_groups(lengths, batch, world_size, budget)
         else:
-            steps.append(plan_step(lengths, batch, world_size, budget))
+            groups = packed_groups(lengths, batch, world_size, budget)
+
+        # Largest groups come first, so those of one micro-batch are about equally large, and no
+        # process waits long for another
+        starts = range(0, len(groups), world_size)
+        steps.append([groups[k : k + world_size] for k in starts])
     return steps
 
 
-def plan_padded_step(lengths, batch, world_size, budget):
-    """The micro-batches of one step, as `plan` has them, of pairs that are about equally long."""
+def padded_groups(lengths, batch, world_size, budget):
+    """The pairs of one step in groups, longest first; of a group all are about equally long."""
     groups = []
     for places in batches_by_length([lengths[i] for i in batch], budget):
         groups.append([batch[place] for place in places])
     while len(groups) % world_size:
         groups.append([])
-    return [groups[start : start + world_size] for start in range(0, len(groups), world_size)]
+    return groups
 
 
-def plan_step(lengths, batch, world_size, budget):
-    """The micro-batches of one step, as `plan` has them: as few as the budget allows."""
+def packed_groups(lengths, batch, world_size, budget):
+    """The pairs of one step in groups, fullest first; as few groups as the budget allows."""
     longest_first = sorted(batch, key=lambda i: -lengths[i])
     n_tokens = sum(lengths[i] for i in batch)
 
@@ -81,13 +86,8 @@ def plan_step(lengths, batch, world_size, budget):
     while True:
         groups, fullest = deal(lengths, longest_first, n_micro_batches * world_size)
         if fullest <= budget or n_micro_batches == most:
-            break
+            return groups
         n_micro_batches += 1
-
-    # Groups come fullest first, so those of one micro-batch hold about as many tokens each, and no
-    # process waits long for another
-    starts = range(0, len(groups), world_size)
-    return [groups[start : start + world_size] for start in starts]
 
 
 def deal(lengths, longest_first, n_groups):
@@ -151,14 +151,14 @@ def pack(pairs, kernel):
     labels = []
     n_tokens = 0  # of the row so far: the next place
     for pair in pairs:
-        prompt = token_ids(pair["prompt_ids"])  # (P,)
+        prompt = as_tensor(pair["prompt_ids"])  # (P,)
         prompt_places = torch.arange(n_tokens, n_tokens + len(prompt))  # (P,)
         n_tokens += len(prompt)
         ids.append(prompt)
         positions.append(torch.arange(len(prompt)))
 
         for key in ("chosen_ids", "rejected_ids"):
-            response = token_ids(pair[key])  # (R,)
+            response = as_tensor(pair[key])  # (R,)
             places = torch.arange(n_tokens, n_tokens + len(response))  # (R,)
             n_tokens += len(response)
             ids.append(response)
@@ -205,9 +205,9 @@ def pad(pairs):
     ids = []
     responses = []
     for pair in pairs:
-        prompt = token_ids(pair["prompt_ids"])  # (P,)
+        prompt = as_tensor(pair["prompt_ids"])  # (P,)
         for key in ("chosen_ids", "rejected_ids"):
-            response = token_ids(pair[key])  # (R,)
+            response = as_tensor(pair[key])  # (R,)
             ids.append(torch.cat([prompt, response]))
             responses.append(response)
     lengths = torch.tensor([len(response) for response in responses])  # (2B,)
@@ -235,7 +235,7 @@ def pad(pairs):
     return row, lengths, padding
 
 
-def token_ids(buffer):
+def as_tensor(buffer):
     """The int32 ids of an array as a tensor of int64, (T,)."""
     return torch.frombuffer(buffer, dtype=torch.int32).long()
 
