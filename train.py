@@ -125,9 +125,12 @@ def check_settings():
             raise InputError(f"--{key}: pip install {package} first")
 
 
-def label_columns(records):
-    """{name: a number per pair}: columns that every pair carries and that objectives may read."""
-    columns = {}
+def columns_of(records):
+    """{name: a number per pair} that objectives may read: lengths, and labels that all carry."""
+    columns = {
+        "len_w": [float(len(record["chosen_ids"])) for record in records],
+        "len_l": [float(len(record["rejected_ids"])) for record in records],
+    }
     for name in ("z", "q_w", "q_l", "g_w", "g_l"):
         values = [record.get(name) for record in records]
         if all(isinstance(value, (int, float)) for value in values):
@@ -137,13 +140,11 @@ def label_columns(records):
     return columns
 
 
-def plan_steps(n_tokens, padded):
-    """Which process computes which pairs when, fixed before the first step.
+def plan_epochs(n_tokens, padded):
+    """Which process computes which pairs when, fixed before the first step: a list of steps.
 
-    n_tokens: to compute for each pair. padded: whether they are, in rows of the longest.
-
-    A list of steps. A step is a list of micro-batches, a micro-batch a list of indices of pairs
-    for each process.
+    A step is a list of micro-batches, a micro-batch a list of indices of pairs for each process.
+    n_tokens: to compute for each pair. padded: whether rows are, to the longest of them.
     """
     from nanoaipo.packing import plan  # it imports torch
 
@@ -157,6 +158,15 @@ def plan_steps(n_tokens, padded):
     if max_steps:
         steps = steps[:max_steps]
     return steps
+
+
+def pairs_in(micro_batches):
+    """Indices of all pairs in these micro-batches."""
+    indices = []
+    for micro_batch in micro_batches:
+        for pair_ids in micro_batch:
+            indices += pair_ids
+    return indices
 
 
 # ---------------------------------------------------------------------------- schedule and log
@@ -244,13 +254,12 @@ def reference_pass(forward, policy, micro_batches, manifest, output_dir, device)
     t0 = time.time()
     cache = reference_cache or os.path.join(output_dir, "reference.logps")
     os.makedirs(os.path.dirname(cache) or ".", exist_ok=True)
-    drawn = seed if sampo else None
+    draw = seed if sampo else None  # of the tokens that count
     made_from = json.dumps(  # what the numbers and the order of their rows depend on
-        [manifest["inputs"], dtype, max_length, ld_alpha, drawn, manifest["versions"]],
+        [manifest["inputs"], dtype, max_length, ld_alpha, draw, manifest["versions"]],
         sort_keys=True,
     )
-    needed = [i for micro_batch in micro_batches for pair_ids in micro_batch for i in pair_ids]
-    reference = load_reference(cache, made_from, needed, device)
+    reference = load_reference(cache, made_from, pairs_in(micro_batches), device)
     if reference is not None:
         return reference, f"from {cache}"
 
@@ -271,18 +280,14 @@ def first_loss(symbols, reference, micro_batches):
     import losses
 
     total = 0
-    n_pairs = 0
-    for micro_batch in micro_batches:
-        for pair_ids in micro_batch:
-            if not pair_ids:
-                continue
-            m = symbols(pair_ids, *reference[pair_ids].unbind(1))
-            try:
+    try:
+        for micro_batch in micro_batches:
+            for pair_ids in micro_batch:
+                m = symbols(pair_ids, *reference[pair_ids].unbind(1))
                 total += losses.pair_loss(loss, m, **config).sum().item()
-            except ValueError as e:  # a column that the pairs lack, or smoothing without p
-                raise InputError(f"--loss={loss}: {e}") from None
-            n_pairs += len(pair_ids)
-    expected = total / n_pairs
+    except ValueError as e:  # a column that the pairs lack, or smoothing without p
+        raise InputError(f"--loss={loss}: {e}") from None
+    expected = total / len(pairs_in(micro_batches))
     if not math.isfinite(expected):
         raise InputError(
             f"--loss={loss}: with these settings and pairs the loss is {expected} "
@@ -298,11 +303,10 @@ def compare_with_sampler(records, reference, micro_batches):
     The pairs' chosen_logp and rejected_logp are what the engine sampled the responses with; {} if
     there are none. Raises InputError if the mean absolute difference is above sampler_tolerance.
     """
+    logps = reference.tolist()
     differences = []
-    for micro_batch in micro_batches:
-        for pair_ids in micro_batch:
-            for i, logps in zip(pair_ids, reference[pair_ids].tolist()):
-                differences += differences_of_pair(records[i], *logps)
+    for i in pairs_in(micro_batches):
+        differences += differences_of_pair(records[i], *logps[i])
     if not differences:
         return {}
 
@@ -393,9 +397,7 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
                 f"--sampo=True: --loss={loss} reads {name}, an average over all tokens; "
                 "take one that reads sums alone, such as dpo"
             )
-    columns = label_columns(records)
-    columns["len_w"] = [float(len(r["chosen_ids"])) for r in records]
-    columns["len_l"] = [float(len(r["rejected_ids"])) for r in records]
+    columns = columns_of(records)
 
     # ---- processes
     device = pick_device()
@@ -461,9 +463,8 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
         return m
 
     # ---- the plan
-    n_tokens = tokens_of_pairs(records)
     is_padded = policy.kernel == "padded"
-    steps = plan_steps(tokens_of_pairs(records, is_padded), is_padded)
+    steps = plan_epochs(tokens_of_pairs(records, is_padded), is_padded)
 
     # ---- reference log-probs, (pairs, 2): one epoch has every pair that will be trained on
     output_dir = final_dir + ".tmp"
@@ -471,7 +472,7 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
     n_steps_per_epoch = math.ceil(len(records) / batch_size)
     first_epoch = [micro_batch for step in steps[:n_steps_per_epoch] for micro_batch in step]
     reference, source = reference_pass(forward, policy, first_epoch, manifest, output_dir, device)
-    columns["ref_w"], columns["ref_l"] = reference.unbind(1)
+    columns["ref_w"], columns["ref_l"] = reference.unbind(1)  # `symbols` reads them from here on
 
     # ---- what is about to run
     matrix_size = 8192 if device.type == "cuda" else 1536
@@ -501,9 +502,10 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
             wandb_run = wandb_package.init(project="nanoaipo", name=final_dir, config=config)
 
     # ---- the loop
+    n_tokens = tokens_of_pairs(records)  # as the log counts them, without padding
     for step, micro_batches in enumerate(steps[start:], start):
         t0 = time.time()
-        batch = [i for micro_batch in micro_batches for pair_ids in micro_batch for i in pair_ids]
+        batch = pairs_in(micro_batches)
         n_pairs = len(batch)
         totals = 0
         for micro_batch in micro_batches:
