@@ -172,10 +172,9 @@ def read_competitors(path, counts, *, drop_unfinished, max_response_tokens, weak
             else:
                 competing.append(response)
         competitors.append((row, competing))
-    if n_prompts == 0 and dropped.counts:
-        raise InputError(f"{path}: no candidates in it ({dropped.reasons()})")
     if n_prompts == 0:
-        raise InputError(f"{path}: no candidates in it")
+        reasons = f" ({dropped.reasons()})" if dropped.counts else ""
+        raise InputError(f"{path}: no candidates in it{reasons}")
     if dropped.counts:
         print0(f"{path}: {dropped}")
     if RANK == 0:  # every process reads all rows; the first counts for all
@@ -308,8 +307,8 @@ def hardest_prompts(competitors, labels, share):
     A prompt without a score is none of them, nor of those that the share is taken of.
     """
     by_mean = []
-    for k, ((_, responses), (rewards, odds)) in enumerate(zip(competitors, labels)):
-        scores, _ = score_responses(responses, rewards, odds)
+    for k, (_, responses) in enumerate(competitors):
+        scores, _ = score_responses(responses, *labels[k])
         mean = scores.nanmean().item()
         if not math.isnan(mean):
             by_mean.append((mean, k))
@@ -414,7 +413,7 @@ def pairs_of(
 
 
 def mix_in(pairs, path, share, seed):
-    """(As many pairs in random order, this share of them the file's; their number).
+    """(As many pairs in random order, this share of them from the file, how many that is).
 
     SimpleMix (2505.02363): ours make room for theirs. Raises InputError if the file has too few.
     """
@@ -499,7 +498,17 @@ def print_summary(numbers):
     )
 
 
-# -------------------------------------------------------------------------------- judging the judge
+# -------------------------------------------------------------------------------- who judges
+
+
+def start_ranker(settings, counts):
+    """The ranker of the settings, as in nanoaipo/rankers.py: from rows to (rewards, odds)."""
+    from nanoaipo.rankers import load_ranker, with_length_bias  # torch is imported only now
+
+    rank = load_ranker(ranker, settings["ranker_model"], settings, counts)
+    if length_bias:
+        rank = with_length_bias(rank, length_bias, reward_temperature)
+    return rank
 
 
 def judge_the_judge(settings, manifest):
@@ -510,16 +519,13 @@ def judge_the_judge(settings, manifest):
     for row in preferences:
         row["texts"] = list(first_of_each_text(row["responses"]))
 
-    from nanoaipo.rankers import load_ranker, who_answered, with_length_bias
-
+    # a judge's replies are to a prompt's id: in a further run other ids, other replies
     counts = collections.Counter()
-    rank = load_ranker(ranker, settings["ranker_model"], settings, counts)
-    if length_bias:
-        rank = with_length_bias(rank, length_bias, reward_temperature)
+    rank = start_ranker(settings, counts)
     runs = []
     for run in range(1 + meta_repeats):
         rows = preferences
-        if run > 0:  # a judge's replies are to a prompt's id: other ids, other replies
+        if run > 0:
             rows = [row | {"id": f"{row['id']} (run {run + 1})"} for row in preferences]
         scores = []
         for row, (rewards, odds) in zip(rows, rank(rows)):
@@ -527,12 +533,18 @@ def judge_the_judge(settings, manifest):
             scores.append(row_scores.tolist())
         runs.append(agreement(preferences, scores))
 
-    # who judged: of an endpoint the model that it says it served
+    # who judged (of an endpoint the model that it says it served), and the first run
+    from nanoaipo.rankers import who_answered
+
     judge = f"{ranker} {settings['ranker_model']}".strip()
-    measured = {"judge": judge, "date": time.strftime("%Y-%m-%d")}
     manifest["served"] = who_answered(ranker, settings["ranker_model"], settings)
-    measured |= manifest["served"].get(settings["ranker_model"], {})
-    measured |= runs[0] | {"counts": dict(counts)}
+    measured = {
+        "judge": judge,
+        "date": time.strftime("%Y-%m-%d"),
+        **manifest["served"].get(settings["ranker_model"], {}),
+        **runs[0],
+        "counts": dict(counts),
+    }
     if meta_repeats:
         measured["runs"] = [one["accuracy"] for one in runs]
     if measured["n"] == 0:
@@ -599,9 +611,8 @@ def annotator_models(spec):
     return models
 
 
-def main():
-    check_settings()
-
+def stage_settings():
+    """(Settings for the manifest, suffix of `out`, names of the settings that hold inputs)."""
     # the policy may be its own judge
     settings = dict(config)
     policy = settings.pop("model")
@@ -610,41 +621,35 @@ def main():
             raise InputError("--ranker_model=policy: --model is not set")
         settings["ranker_model"] = policy
 
-    # a finished stage ends here
-    models = {}
-    if ranker == "annotators":
-        models = annotator_models(settings["ranker_model"])
+    # whose content counts: data, and models but for a ranker that reads none
     data = "candidates"
     suffix = ".jsonl"
     if meta:
         data = "meta"
         suffix = ".json"
+    models = {}
+    if ranker == "annotators":
+        models = annotator_models(settings["ranker_model"])
     inputs = [data, "ranker_model", *models]
-    if ranker == "answer" or weaker:  # reads no model
+    if ranker == "answer" or weaker:
         settings["ranker_model"] = ""
         inputs = [data]
     inputs += [key for key in ("weaker", "other_pairs") if config[key]]
-    manifest = open_stage(out, suffix, settings | models, *inputs)
-    if manifest is None:
-        return
-    if meta:
-        judge_the_judge(settings, manifest)
-        return
+    return settings | models, suffix, inputs
 
+
+def make_pairs(settings, manifest):
+    """Rank the candidates and write the pairs that the rule makes of them."""
     # who competes
     counts = collections.Counter(dict.fromkeys(COUNTS, 0))
     competitors = read_competitors(candidates, counts, **settings)
     counts["prompts"] = len(competitors)
 
-    # scores and log-odds of each prompt's distinct texts; torch is imported only now
-    from nanoaipo.rankers import load_ranker, who_answered, with_length_bias
-
+    # rewards and log-odds of each prompt's distinct texts
     if weaker:
         labels = labels_by_model(competitors, reward_temperature)
     else:
-        rank = load_ranker(ranker, settings["ranker_model"], settings, counts)
-        if length_bias:
-            rank = with_length_bias(rank, length_bias, reward_temperature)
+        rank = start_ranker(settings, counts)
         rows = []
         for row, responses in competitors:
             rows.append(row | {"texts": list(first_of_each_text(responses))})
@@ -655,10 +660,11 @@ def main():
     if drop_hardest:
         hardest = hardest_prompts(competitors, labels, drop_hardest)
     pairs = []
-    for k, ((row, responses), (rewards, odds)) in enumerate(zip(competitors, labels)):
+    for k, (row, responses) in enumerate(competitors):
         if k in hardest:
             counts["hardest"] += 1
             continue
+        rewards, odds = labels[k]
         pairs += pairs_of(row, responses, rewards, odds, counts, **settings)
     counts["pairs"] = len(pairs)
     counts_text = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
@@ -673,6 +679,8 @@ def main():
     # one file, or this process's shard of it
     manifest["counts"] = dict(counts)
     if not weaker:
+        from nanoaipo.rankers import who_answered
+
         manifest["served"] = who_answered(ranker, settings["ranker_model"], settings)
     with open_output(out, manifest) as write:
         for pair in pairs:
@@ -680,6 +688,18 @@ def main():
     print(counts_text, "->", shard_path(out))
     if pairs:
         print_summary(manifest["summary"])
+
+
+def main():
+    check_settings()
+    settings, suffix, inputs = stage_settings()
+    manifest = open_stage(out, suffix, settings, *inputs)
+    if manifest is None:  # complete
+        return
+    if meta:
+        judge_the_judge(settings, manifest)
+    else:
+        make_pairs(settings, manifest)
 
 
 if __name__ == "__main__":
