@@ -97,47 +97,35 @@ def score(judgments, model, *, answers="", baseline="", pool="", resamples=1000,
         check_no_duplicates(rows, key_of)
         games = [game for _, row in rows for game in row["games"] if game]
 
-    won, category, invalid = tally(rows)
+    won, _, invalid = tally(rows)
     if not won:
         raise InputError(f"{judgments}: not one verdict on {model}")
-
-    # v2.0 has two categories, hard prompts and creative writing, each with a baseline of its own
-    keys = collections.defaultdict(set)
-    for _, row in rows:
-        keys[category_of(row)].add(key_of(row))
-    names = sorted(keys)
     tokens = read_tokens(answers)
-    parts = {}
-    for name in names:
-        some = [won[key] for key in won if category[key] == name]
-        parts[name] = {
-            "invalid": invalid[name],
-            **win_rate(some, resamples),
-            "avg_tokens": mean_tokens([tokens.get(key) for key in keys[name]]),
-        }
+    parts = scores_by_category(rows, tokens, resamples)
 
     if pool:
         by_model = read_pool(pool, judge_name, model) | {model: rows}
         battles = pool_battles(by_model, model, pool, answers, baseline)
-        for name in names:
-            if parts[name]["n"]:
-                parts[name] |= controlled_win_rate(battles[name], model)
+        for name, part in parts.items():
+            if part["n"]:
+                part.update(controlled_win_rate(battles[name], model))
 
     scores = {
         "model": model,
         "judge": judge_name,
         **served_scores(games, judgments),
         "date": last_day(rows),
-        "invalid": invalid.total(),
+        "invalid": invalid,
     }
-    if len(names) > 1:
+    if len(parts) > 1:
         scores["categories"] = parts
         scores["pooled"] = "what follows is of all categories together, which is no published score"
         scores |= win_rate(list(won.values()), resamples)
     else:
-        if names != ["all"]:
-            scores["category"] = names[0]
-        scores |= parts[names[0]]
+        ((name, part),) = parts.items()
+        if name != "all":
+            scores["category"] = name
+        scores |= part
     scores["avg_tokens"] = mean_tokens(tokens.values())
     if pool:
         scores["pool"] = ", ".join(sorted(by_model))
@@ -145,17 +133,38 @@ def score(judgments, model, *, answers="", baseline="", pool="", resamples=1000,
     return scores
 
 
+def scores_by_category(rows, tokens, resamples):
+    """{category: invalid games, win rate, mean tokens}; tokens: of each question's answer.
+
+    v2.0 has two categories, hard prompts and creative writing, each with a baseline of its own.
+    """
+    by_category = collections.defaultdict(list)
+    for where, row in rows:
+        by_category[category_of(row)].append((where, row))
+
+    parts = {}
+    for name, own_rows in sorted(by_category.items()):
+        won, _, invalid = tally(own_rows)
+        keys = {key_of(row) for _, row in own_rows}
+        parts[name] = {
+            "invalid": invalid,
+            **win_rate(list(won.values()), resamples),
+            "avg_tokens": mean_tokens([tokens.get(key) for key in keys]),
+        }
+    return parts
+
+
 def tally(rows):
-    """({key: [won, weight]}, {key: category}, Counter of games without a verdict by category).
+    """({key: [won, weight]}, {key: category}, number of games without a verdict).
 
     won: what the model has won of the summed weight of a question's games.
     """
     won = collections.defaultdict(lambda: np.zeros(2))
     category = {}
-    invalid = collections.Counter()
+    invalid = 0
     for _, row in rows:
         games = games_of(row)
-        invalid[category_of(row)] += games.count(None)
+        invalid += games.count(None)
         if "uid" in row and None in games:  # v2.0
             continue
         for game in games:
