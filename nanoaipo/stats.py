@@ -29,9 +29,6 @@ def interval(values):
     return mean, [mean - half, mean + half]
 
 
-# ---- variety ----
-
-
 def wilson_interval(share, n, z=Z_95):
     """Wilson's interval of a share among n votes, 95 % by default; n = 0 counts as one vote."""
     n = max(n, 1)
@@ -39,6 +36,9 @@ def wilson_interval(share, n, z=Z_95):
     reach = z * math.sqrt((share * (1 - share) + z * z / 4 / n) / n)
     scale = 1 + z * z / n
     return [(center - reach) / scale, (center + reach) / scale]
+
+
+# ---- variety ----
 
 
 def distinct_2(words):

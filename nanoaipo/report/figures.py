@@ -146,7 +146,7 @@ def metric_panel(runs, metric, x_label, x_of, label_of=None):
     for name, points in lines.items():
         ranges.append(f"{name} from {points[0].y:.4g} to {points[-1].y:.4g}")
 
-    draw = partial(draw_lines, runs, lines, x_label == "iteration", label_of)
+    draw = partial(draw_lines, runs, lines, x_of is iteration_number, label_of)
     return Panel(metric_title(source, field), x_label, "", draw, "; ".join(ranges))
 
 

@@ -9,6 +9,7 @@ import math
 import time
 
 from nanoaipo.errors import InputError
+from nanoaipo.stats import Z_95
 
 BENCH = "lm_eval"
 
@@ -77,7 +78,8 @@ def task_scores(record, task):
         scores[key] = scale * value
         error = row.get(f"{metric}_stderr,{name}")
         if is_number(error):
-            scores[key + "_ci"] = [scale * (value - 1.96 * error), scale * (value + 1.96 * error)]
+            margin = Z_95 * error
+            scores[key + "_ci"] = [scale * (value - margin), scale * (value + margin)]
     return scores
 
 

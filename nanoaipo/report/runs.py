@@ -23,6 +23,7 @@ from nanoaipo.prompts import read_candidates
 from nanoaipo.report.lm_eval import is_number, is_results, is_share, read_results
 from nanoaipo.served import with_served
 from nanoaipo.stages import manifest_path
+from nanoaipo.stats import Z_95
 
 Source = collections.namedtuple("Source", "bench judge")
 Column = collections.namedtuple("Column", "source field")
@@ -103,10 +104,11 @@ def is_percent(field):
 
 def format_interval(scores, field):
     """The 95 % interval of a number as text, "" where it has none or one of no width."""
-    ends = [format_number(end, field) for end in scores.get(field + "_ci") or ()]
-    if not set(ends) - {format_number(scores.get(field), field)}:
+    if not scores.get(field + "_ci"):
         return ""
-    low, high = ends
+    low, high = [format_number(end, field) for end in scores[field + "_ci"]]
+    if low == high == format_number(scores.get(field), field):
+        return ""
     return f"{low.rstrip('%')} – {high}"
 
 
@@ -123,7 +125,8 @@ def format_number(value, field):
 # ---- files ----
 
 
-def load_json(path):
+def read_json(path):
+    """What a JSON file holds; raises InputError where it is none."""
     try:
         with open(path, encoding="utf-8") as f:
             return json.load(f)
@@ -151,7 +154,7 @@ def read_scores(path):
     Categories that have scores of their own, such as those of Arena-Hard v2.0, are items of the
     list, and the number of all of them together is none.
     """
-    scores = load_json(path)
+    scores = read_json(path)
     if is_results(scores):
         scores = read_results(scores, path)
     if not isinstance(scores, dict) or "bench" not in scores:
@@ -174,7 +177,7 @@ def with_our_names(scores):
     if scores.get("ci"):
         scores["win_rate_ci"] = scores["ci"]
     elif scores.get("standard_error"):
-        margin = 1.96 * scores["standard_error"]
+        margin = Z_95 * scores["standard_error"]
         scores["win_rate_ci"] = [scores["win_rate"] - margin, scores["win_rate"] + margin]
 
     # each benchmark has its own name for the length of answers
@@ -278,7 +281,7 @@ def read_manifests(folder, stage):
     else:
         outputs = finished_files(f"{folder}/{stage}.jsonl")
     paths = [manifest_path(output) for output in outputs]
-    return [load_json(path) for path in paths if os.path.exists(path)]
+    return [read_json(path) for path in paths if os.path.exists(path)]
 
 
 def add_counts(manifests):
