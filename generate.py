@@ -24,6 +24,7 @@ from nanoaipo.chat import (
     render,
     row_arguments,
     template_arguments,
+    token_ids,
 )
 from nanoaipo.engines import context_length, load_engine
 from nanoaipo.errors import InputError
@@ -106,8 +107,7 @@ def read_pool(tokenizer, room, arguments):
 
         if min_prompt_tokens:
             instruction = row["prompt"][-1]["content"]
-            instruction_ids = tokenizer(instruction, add_special_tokens=False).input_ids
-            if len(instruction_ids) < min_prompt_tokens:
+            if len(token_ids(tokenizer, instruction)) < min_prompt_tokens:
                 counts["too_short"] += 1
                 continue
 
@@ -178,9 +178,8 @@ def sample_block(rows, sample, tokenizer):
 
     # fields of the prompt that are not ours travel along
     records = []
-    for row, responses in zip(rows, sampled):
-        ids = row["prompt_ids"]
-        responses = [response_record(tokenizer, ids, *response) for response in responses]
+    for row, drawn in zip(rows, sampled):
+        responses = [response_record(tokenizer, row["prompt_ids"], *one) for one in drawn]
         records.append(row | {"responses": responses})
     return records
 

@@ -14,7 +14,7 @@ import random
 import re
 import time
 
-from nanoaipo.chat import control_pattern, render
+from nanoaipo.chat import control_pattern, render, token_ids
 from nanoaipo.engines import context_length
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records, shard_path
@@ -281,7 +281,7 @@ def why_unfit(
         return "unfit"
     if control.search(text):
         return "control_text"
-    if len(tokenizer(text, add_special_tokens=False).input_ids) < min_tokens:
+    if len(token_ids(tokenizer, text)) < min_tokens:
         return "too_short"
     messages = [{"role": "user", "content": text}]
     if len(render(tokenizer, messages, model, arguments=arguments)) > max_tokens:
