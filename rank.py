@@ -108,12 +108,13 @@ URL = re.compile(r"https?://|www\.")
 
 def why_left_out(response, drop_unfinished, max_response_tokens):
     """The first reason why a response does not compete (a key of counts), or None."""
-    cut_thought = "thought" in response and not response.get("finished", True)
-    if not response["text"].strip() and not cut_thought:
+    is_empty = not response["text"].strip()
+    is_cut = not response.get("finished", True)
+    if is_empty and not (is_cut and "thought" in response):  # that one is unfinished
         return "empty"
-    if drop_unfinished and not response.get("finished", True):
+    if is_cut and drop_unfinished:
         return "unfinished"
-    if not response["text"].strip():
+    if is_empty:
         return "empty"
     if len(response.get("ids", ())) > max_response_tokens:
         return "too_long"
@@ -392,6 +393,8 @@ def pairs_of(
 
     # SPPO's win rate against all responses of the prompt; against itself it is 1/2
     win_rates = odds.sigmoid().mean(1)  # (N,)
+
+    # chosen and rejected are indices of distinct texts, w and l of the responses they stand for
     for chosen, rejected in rule(distinct_scores, lengths, rng, **settings):
         w = distinct[chosen]
         l = distinct[rejected]
