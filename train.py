@@ -533,7 +533,7 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
                 "len_chosen": m["len_w"],
                 "len_rejected": m["len_l"],
                 "weight": weights,
-                # one value per micro-batch, scaled so that its mean is over these
+                # a share of each micro-batch, so scaled that its sum over n_pairs is their mean
                 "padding": weights.new_tensor(
                     padding * n_pairs / (WORLD_SIZE * len(micro_batches))
                 ),

@@ -35,6 +35,8 @@ BYTES = {"bfloat16": 2, "float32": 4}  # of one number
 CUDA_CONTEXT = 1.5 * GIB  # taken on each GPU by CUDA and NCCL
 VLLM_WORKSPACE = 4 * GIB  # taken by vLLM's graphs and activations
 
+# Below, s are the settings of all scripts, and m is what model_sizes says of the policy
+
 
 # ---- the model, from its config.json ----
 

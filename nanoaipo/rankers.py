@@ -7,7 +7,8 @@ A row has `prompt` (messages), `texts` (its distinct responses, any number), `id
 where prompts carry one. For each row come odds (N, N), antisymmetric: [i, j] is the log-odds that i
 beats j; and scores (N,), higher is better, nan where a judge gave none; or None in their place,
 where the odds say all there is. Both are float32. A ranker takes the settings that its signature
-names, and adds what went wrong to `counts`. A new ranker is one function and one entry in RANKERS.
+names, with defaults for those that eval.py lacks, and adds what went wrong to `counts`. A new
+ranker is one function and one entry in RANKERS.
 """
 
 import importlib
