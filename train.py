@@ -125,6 +125,23 @@ def check_settings():
             raise InputError(f"--{key}: pip install {package} first")
 
 
+def settings_of_loss():
+    """Names of the settings that the loss reads; raises InputError for a loss that cannot be."""
+    import losses  # it imports torch
+
+    try:
+        symbol_names, setting_names = losses.arguments_of(loss)
+    except ValueError as e:  # no objective and no mix of them
+        raise InputError(f"--loss={loss}: {e}") from None
+    for name in ("nll", "n", "avg_w", "avg_l"):
+        if sampo and name in symbol_names:
+            raise InputError(
+                f"--sampo=True: --loss={loss} reads {name}, an average over all tokens; "
+                "take one that reads sums alone, such as dpo"
+            )
+    return setting_names
+
+
 def columns_of(records):
     """{name: a number per pair} that objectives may read: lengths, and labels that all carry."""
     columns = {
@@ -387,16 +404,7 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
     lap("starting")
 
     # ---- what the objective reads
-    try:
-        symbol_names, setting_names = losses.arguments_of(loss)
-    except ValueError as e:  # no objective and no mix of them
-        raise InputError(f"--loss={loss}: {e}") from None
-    for name in ("nll", "n", "avg_w", "avg_l"):
-        if sampo and name in symbol_names:
-            raise InputError(
-                f"--sampo=True: --loss={loss} reads {name}, an average over all tokens; "
-                "take one that reads sums alone, such as dpo"
-            )
+    setting_names = settings_of_loss()
     columns = columns_of(records)
 
     # ---- processes
