@@ -8,6 +8,7 @@ before a run is assumed, and each assumption is printed. When something cannot f
 say what and why, and the exit code is 1. Rankers and judges are not part of the estimate.
 """
 
+import collections
 import importlib.util
 import json
 import math
@@ -384,8 +385,12 @@ def resolve(s):
     return s
 
 
+# tokens of a run, memory of a process in bytes, and what helps where that is too much
+Stage = collections.namedtuple("Stage", "name runs processes tokens memory fix")
+
+
 def estimate_stages(m, s, machine, prompts, heldout, training):
-    """(name, runs, processes, tokens of a run, bytes of a process, what helps) of each stage."""
+    """The stages of a run that need a model, in order."""
     given = s.pairs or s.candidates
     fix = "raise --tensor_parallel" if s.engine == "vllm" else "lower --generate_rows"
     stages = []
@@ -394,7 +399,7 @@ def estimate_stages(m, s, machine, prompts, heldout, training):
         tokens = asked.number * (asked.tokens + n * s.response_tokens)
         responses = n * math.ceil(asked.number / s.engines)
         memory = sampling_memory(m, s, machine, responses, asked.tokens)
-        stages.append((name, runs, s.engines, tokens, memory, fix))
+        stages.append(Stage(name, runs, s.engines, tokens, memory, fix))
 
     # Candidates in each iteration; answers of every policy, the first one too
     if not given and s.engine != "openai":
@@ -412,7 +417,7 @@ def estimate_stages(m, s, machine, prompts, heldout, training):
         f"weights, gradients and moments alone are {alone:.1f}: more --processes, or --lora_rank=16"
     )
     memory = train_memory(m, s, training.row_tokens, training.row_responses, machine.on_cpu)
-    stages.append(("train", s.iterations, s.processes, training.tokens, memory, fix))
+    stages.append(Stage("train", s.iterations, s.processes, training.tokens, memory, fix))
     return stages
 
 
@@ -457,22 +462,21 @@ def read_sizes(s, assumed):
 
 
 def stage_line(stage, machine, baseline):
-    """(A stage's line of the table, why it cannot run there or None); stage: of estimate_stages."""
-    name, runs, processes, tokens, memory, fix = stage
-
+    """(A Stage's line of the table, why it cannot run there or None)."""
     # Processes share the memory of a computer, and have a GPU each
     if machine.on_cpu:
-        need = memory + baseline
-        room = machine.memory / processes
+        need = stage.memory + baseline
+        room = machine.memory / stage.processes
     else:
-        need = memory + CUDA_CONTEXT
+        need = stage.memory + CUDA_CONTEXT
         room = machine.memory
-    line = f"{name:<13}{runs:>5}{round(tokens):>16,}{need / GIB:>15.2f}{room / GIB:>9.1f}"
+    line = f"{stage.name:<13}{stage.runs:>5}{round(stage.tokens):>16,}"
+    line += f"{need / GIB:>15.2f}{room / GIB:>9.1f}"
     if need <= room:
         return line, None
     refusal = (
-        f"{name}: needs {need / GIB:.1f} GiB in each of {processes} processes, "
-        f"there are {room / GIB:.1f}; {fix}"
+        f"{stage.name}: needs {need / GIB:.1f} GiB in each of {stage.processes} processes, "
+        f"there are {room / GIB:.1f}; {stage.fix}"
     )
     return line, refusal
 
