@@ -131,7 +131,7 @@ def load_newest_checkpoint(output_dir, trained, optimizer):
     dist.broadcast_object_list(listed)
     for folder, names in reversed(listed[0].items()):
         once_seen(functools.partial(check_seen, folder, names))
-        damage = find_damage(folder)  # all processes have looked at it behind this line
+        damage = find_damage(folder)  # which returns when all processes have looked
         if damage is None:
             import torch.distributed.checkpoint as dcp
 

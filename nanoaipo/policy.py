@@ -41,12 +41,12 @@ class Policy(torch.nn.Module):
         squares there are two results, as of losses.logprob.
         """
         if segments is not None:
-            layout = {"position_ids": position_ids, "segments": segments}
+            places = {"position_ids": position_ids, "segments": segments}
         elif self.moving_rope:
-            layout = {"position_ids": position_ids}
+            places = {"position_ids": position_ids}
         else:
-            layout = {}  # one sequence a row, from position 0: what any model computes by itself
-        output = layouts.text_model(self.lm)(input_ids=input_ids, use_cache=False, **layout)
+            places = {}  # one sequence a row, from position 0: what any model computes by itself
+        output = layouts.text_model(self.lm)(input_ids=input_ids, use_cache=False, **places)
         hidden = output.last_hidden_state.flatten(0, 1)[index]  # (N, D)
 
         head = self.lm.get_output_embeddings()
