@@ -421,7 +421,8 @@ def judge_line(source, scores):
     # replies that could not be read, where somebody counted them
     invalid = [f"{row['invalid']} ({at})" for at, row in scores.items() if row.get("invalid")]
     if not invalid:
-        invalid = ["0"] if any("invalid" in row for row in scores.values()) else ["-"]
+        is_counted = any("invalid" in row for row in scores.values())
+        invalid = ["0" if is_counted else "-"]
 
     return (
         f"{source.bench}, judge: {source.judge}; date {date}; n {', '.join(n)}; "
