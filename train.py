@@ -483,8 +483,7 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
     columns["ref_w"], columns["ref_l"] = reference.unbind(1)  # `symbols` reads them from here on
 
     # ---- what is about to run
-    matrix_size = 8192 if device.type == "cuda" else 1536
-    peak_rate = matmul_rate(matrix_size, device, precision)  # FLOP/s, what MFU refers to
+    peak_rate = matmul_rate(device, precision)  # FLOP/s, what MFU refers to
     n_trained = sum(p.numel() for p in trained.values())
     loss_settings = ", ".join(f"{key}={config[key]}" for key in setting_names)
     print0(

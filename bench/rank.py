@@ -189,9 +189,9 @@ def matmul_share(prompts, candidates, seconds, device):
     flops = sum(n * dense + n * n * attention for n in lengths)
 
     if device == "cuda":
-        rate = matmul_rate(4096, torch.device(device), torch.bfloat16)
+        rate = matmul_rate(torch.device(device), torch.bfloat16, 4096)
     else:
-        rate = matmul_rate(1024, torch.device(device), torch.float32)
+        rate = matmul_rate(torch.device(device), torch.float32, 1024)
     return flops / seconds / rate
 
 

@@ -139,7 +139,7 @@ def train_memory(m, s, tokens, responses, on_cpu):
     """
     b = BYTES[s.dtype]
     shards = s.shard_size or s.processes
-    both = 4 if b == 4 else 4 + b  # of a number that exists in float32 and in dtype
+    both = 4 if b == 4 else 4 + b  # of a number that has to be there in float32 and in dtype
 
     # Held always, divided among the processes: what trains, with its two moments, in float32; and
     # what LoRA freezes, in dtype
@@ -168,13 +168,17 @@ def train_memory(m, s, tokens, responses, on_cpu):
     activations = tokens * (per_token + 3 * b * m.widest)
 
     # Logits of a chunk (two more in float32 for a soft-cap), hidden states and their gradients
-    per_logit = both + 8 if m.softcap else both
+    per_logit = both
+    if m.softcap:
+        per_logit += 8
     logits = min(s.gather_chunk, responses) * m.vocabulary * per_logit
     logits += 2 * b * responses * m.hidden
 
     # A CPU's allocator keeps what is freed, and the holes in it take as much again (measured)
     temporary = gradients + gathered + activations + logits
-    return held + 2 * temporary if on_cpu else held + temporary
+    if on_cpu:
+        temporary = 2 * temporary
+    return held + temporary
 
 
 def sampling_memory(m, s, machine, responses, prompt_tokens):
@@ -369,7 +373,7 @@ def find_machine(s):
         on_cpu=on_cpu,
         gpus=s.nodes * torch.cuda.device_count(),
         memory=memory,
-        matmul_rate=matmul_rate(1536 if on_cpu else 8192, device, getattr(torch, s.dtype)),
+        matmul_rate=matmul_rate(device, getattr(torch, s.dtype)),
     )
 
 

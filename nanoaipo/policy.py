@@ -339,11 +339,13 @@ def experts_per_token(config):
     return 1
 
 
-def matmul_rate(n, device, dtype):
-    """FLOP/s of the product of two n x n matrices, the best of six.
+def matmul_rate(device, dtype, n=0):
+    """FLOP/s of the product of two n x n matrices, the best of six; n = 0: large for this device.
 
     That is what this device can do; model FLOPs are compared with it (MFU).
     """
+    if n == 0:
+        n = 8192 if device.type == "cuda" else 1536
     x = torch.randn(n, n, device=device, dtype=dtype)
     best = math.inf
     for _ in range(6):

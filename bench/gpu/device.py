@@ -58,7 +58,7 @@ def peak_gib(f):
 @functools.cache
 def matrix_rate(dtype):
     """FLOP/s of large matrix products in this dtype, here."""
-    return matmul_rate(8192 if ON_GPU else 256, DEVICE, dtype)
+    return matmul_rate(DEVICE, dtype, 8192 if ON_GPU else 256)
 
 
 def apart(a, b):
