@@ -34,7 +34,7 @@ def find_files(path):
 
     Shards of NAME.jsonl are called NAME-00000-of-00008.jsonl. A folder that is there is meant as it
     is written: in out/run[1]/*.jsonl only the name is a pattern. Raises InputError if there is no
-    file, or if shards are missing.
+    file, if one is none that can be read again, or if shards are missing.
     """
     if os.path.isfile(path):
         return [path]
@@ -42,6 +42,7 @@ def find_files(path):
     shards = find_shards(path)
     if shards:
         check_all_shards(path, shards)
+        check_are_files(shards)
         return shards
 
     # a folder's files, JSONL before Parquet, or a glob
@@ -55,10 +56,20 @@ def find_files(path):
     for pattern in patterns:
         files = sorted(glob.glob(pattern))
         if files:
+            check_are_files(files)
             return files
     if os.path.isdir(path):
         raise InputError(f"{path}: a folder without a .jsonl or .parquet file in it; name the file")
     raise InputError(f"{path}: no such file")
+
+
+def check_are_files(paths):
+    """Raise InputError for what is there and no file."""
+    for path in paths:
+        if not os.path.isfile(path):  # what is read from a pipe is gone for the next reader
+            raise InputError(
+                f"{path}: a folder, a pipe or a broken link; write what it holds to a file"
+            )
 
 
 def find_shards(path):
@@ -159,6 +170,8 @@ def holds_array(file):
     Names do not: many a .json holds lines, and a .jsonl an array.
     """
     first, second = first_lines(file)
+    if first.startswith(b"\x1f\x8b"):
+        raise InputError(f"{file}: packed by gzip; its name has to end in .gz")
     if first.startswith(b"["):
         return True
     if not file.removesuffix(".gz").endswith(".json"):

@@ -58,6 +58,7 @@ def test_a_broken_line_is_named_by_file_and_line(bad, message, tmp_path):
         ("d.json", b'["id"]', r"d\.json:1: a record is a JSON object, not str"),
         ("e.json", b'[{"id": 1}', r"e\.json: not JSON: Expecting ','"),
         ("f.jsonl.gz", b"no archive", r"f\.jsonl\.gz: not JSON: Not a gzipped file"),
+        ("g.jsonl", gzip.compress(b'{"id": 1}'), "packed by gzip; its name has to end in .gz"),
     ],
 )
 def test_a_broken_file_is_named(name, content, message, tmp_path):
@@ -70,6 +71,22 @@ def test_a_broken_file_is_named(name, content, message, tmp_path):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(InputError, match="none.jsonl: no such file"):
         read(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a-00000-of-00001.jsonl", "pipe.jsonl", "link.jsonl"])
+def test_what_is_called_jsonl_and_is_no_file_is_named(name, tmp_path):
+    if name.startswith("a"):
+        (tmp_path / name).mkdir()
+    elif name.startswith("pipe"):  # whoever looks at its first lines takes them away
+        os.mkfifo(tmp_path / name)
+    else:
+        os.symlink(tmp_path / "nowhere", tmp_path / name)
+
+    path = tmp_path
+    if name.startswith("a-"):
+        path = tmp_path / "a.jsonl"
+    with pytest.raises(InputError, match=f"{name}: a folder, a pipe or a broken link; write what"):
+        read(path)
 
 
 def test_a_folder_without_records_says_so(tmp_path):
