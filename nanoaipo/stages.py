@@ -198,6 +198,8 @@ def check_out(out, suffix):
         raise InputError("--out is not set: say where the result goes")
     if not out.endswith(suffix):
         raise InputError(f"--out={out}: has to be a {suffix} file")
+    if suffix and os.path.isdir(out):
+        raise InputError(f"--out={out}: is a folder; remove it or choose another --out")
     if not suffix and out.endswith((".json", ".jsonl")):
         raise InputError(f"--out={out}: has to be a folder")
 
@@ -287,7 +289,7 @@ def remove_leftovers(out):
 
 
 def read_manifest(out):
-    """The manifest of `out`; raises InputError if it is no manifest."""
+    """The manifest of `out`, None for a file of others; raises InputError for what is no JSON."""
     path = manifest_path(out)
     try:
         with open(path, encoding="utf-8") as f:
@@ -296,6 +298,8 @@ def read_manifest(out):
         raise InputError(
             f"{path}: damaged: {e}: delete {out} and run the command that wrote it again"
         ) from e
+    if not isinstance(manifest, dict) or not {"settings", "inputs"} <= manifest.keys():
+        return None
     return manifest
 
 
@@ -305,6 +309,11 @@ def check_same_run(out, manifest):
     A setting that the manifest does not know, and that is off, came later than the output.
     """
     before = read_manifest(out)
+    if before is None:
+        raise InputError(
+            f"{manifest_path(out)}: not written by a stage, so {out} was not either: "
+            "remove both or choose another --out"
+        )
     for kind in ("settings", "inputs"):
         for key in before[kind] | manifest[kind]:
             old = before[kind].get(key)
@@ -351,7 +360,10 @@ def check_undamaged(path, whole=False):
     for out in outputs_at(path):
         if not os.path.exists(manifest_path(out)):
             continue
-        described = read_manifest(out).get("files", {})  # older manifests have none
+        manifest = read_manifest(out)
+        if manifest is None:
+            continue
+        described = manifest.get("files", {})  # older manifests have none
         folder = os.path.dirname(manifest_path(out))
 
         # sizes first, which cost nothing

@@ -53,6 +53,21 @@ def test_a_finished_stage_is_skipped_and_one_made_otherwise_is_refused(tmp_path,
         stages.open_stage(out, ".jsonl", settings, "source")
 
 
+@pytest.mark.parametrize("other", ["{}", '[{"name": "app"}]', '{"files": ["a.bin"]}'])
+def test_a_manifest_that_no_stage_wrote_is_no_manifest(other, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "manifest.json").write_text(other)
+    (model / "config.json").write_text("{}")
+
+    # as an input it says nothing
+    stages.check_undamaged(str(model))
+
+    # as an output it is another's
+    with pytest.raises(InputError, match="manifest.json: not written by a stage, so .*/model was"):
+        stages.open_stage(str(model), "", {"out": ""})
+
+
 @pytest.mark.parametrize("folder", ["run", "run[1]"])
 def test_the_content_of_an_input_counts_wherever_it_lies(tmp_path, folder):
     folder = tmp_path / folder
@@ -102,9 +117,13 @@ def test_a_setting_that_came_later_and_is_off_is_no_difference(tmp_path, off):
         ("", ".jsonl", "--out is not set"),
         ("x", ".jsonl", "has to be a .jsonl file"),
         ("x.jsonl", "", "has to be a folder"),
+        ("{folder}", ".jsonl", "is a folder; remove it or choose another --out"),
     ],
 )
 def test_an_output_of_another_kind_is_refused(out, suffix, message, tmp_path):
+    folder = tmp_path / "folder.jsonl"
+    folder.mkdir()
+    out = out.format(folder=folder)
     source = write_lines(tmp_path / "in.jsonl", {"a": 1})
 
     with pytest.raises(InputError, match=message):
