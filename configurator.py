@@ -14,6 +14,7 @@ import difflib
 import glob
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -61,6 +62,8 @@ SCRIPTS = (
 HERE = os.path.dirname(os.path.abspath(__file__))
 DASHES = "-–—"  # text that is copied from a page may have long ones
 SIGNED = ("alpha", "lambda_", "gamma", "eta", "delta", "min_gap")  # other numbers are at least 0
+SHARES = ("top_p", "gpu_memory", "warmup", "label_smoothing", "eps", "ld_alpha")  # 1 at most
+LARGEST = 2**32 - 1  # of whole numbers; numpy, which vLLM seeds, takes no larger one
 
 # ----------------------------------------------------------------------------- reading assignments
 
@@ -75,7 +78,7 @@ def literals(path, stop=None):
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such recipe")
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:  # with a byte order mark or without
             text = f.read()
         tree = ast.parse(text)
     except SyntaxError as e:
@@ -83,7 +86,7 @@ def literals(path, stop=None):
     except (ValueError, RecursionError, MemoryError) as e:  # no UTF-8, a NUL, too many brackets
         raise InputError(f"{path}: no Python: {reason_of(e)}") from e
 
-    lines = text.splitlines()
+    lines = text.split("\n")  # as Python counts them; others are line breaks for splitlines
     found = {}
     for node in tree.body:
         if stop and isinstance(node, ast.Assign) and stop in ast.unparse(node.value):
@@ -127,17 +130,19 @@ def check_known(where, key, known):
     if key in known:
         return
     near = difflib.get_close_matches(key, known, 1)
-    hint = "; --help lists them"
     if near:
         hint = f", did you mean '{near[0]}'?"
+    else:
+        hint = "; --help lists them"
+        where, _, _ = where.partition("=")  # its value may be a key to something
     raise InputError(f"{where}: unknown setting '{key}'{hint}")
 
 
 def cast(where, key, value, default):
     """The value in the type of the default: text is parsed, and an int may widen to a float.
 
-    Raises InputError for anything else, for a number that is negative or not finite, and for a text
-    that no file could hold.
+    Raises InputError for anything else, for a number that is negative, not finite or too large, for
+    a text that no file could hold, and for an address with a key in it.
     """
     # parse text, which is all that the command line has; None stands for what cannot be read
     kind = type(default)
@@ -160,8 +165,19 @@ def cast(where, key, value, default):
             raise InputError(f"{where}: '{key}' takes a finite number, such as {default!r}")
         if value < 0 and key not in SIGNED:
             raise InputError(f"{where}: at least 0 is what '{key}' takes, such as {default!r}")
+        if value > 1 and key in SHARES:
+            raise InputError(f"{where}: at most 1 is what '{key}' takes, such as {default!r}")
+        if kind is int and value > LARGEST:
+            raise InputError(f"{where}: at most {LARGEST} is what '{key}' takes")
     if kind is str and (holds_surrogate(value) or "\0" in value):
         raise InputError(f"{where}: '{key}' takes a text that can be written as UTF-8, without NUL")
+
+    # it would be printed and kept with the settings; the client sends nothing behind a ? anyway
+    if kind is str and key.endswith("_url") and re.search(r"[@?#]", value):
+        place, _, _ = where.partition("=")
+        raise InputError(
+            f"{place}: holds a user or a key (@, ? or #); the key belongs in OPENAI_API_KEY"
+        )
     return value
 
 
@@ -227,10 +243,11 @@ def configure(namespace):
         return {key: namespace[key] for key in own}
 
     if "--help" in sys.argv or "-h" in sys.argv:
-        print(namespace["__doc__"].strip(), "\n\nsettings:")
+        lines = [namespace["__doc__"].strip(), "", "settings:"]
         for key, (default, _, comment) in own.items():
             assignment = f"{key}={default}"
-            print(f"  --{assignment:<34} {comment}")
+            lines.append(f"  --{assignment:<34} {comment}")
+        show("\n".join(lines))
         sys.exit(0)
 
     try:
@@ -245,20 +262,30 @@ def configure(namespace):
     if os.environ.get("RANK", "0") == "0":
         script = os.path.basename(namespace["__file__"])
         settings = " ".join(f"{key}={value}" for key, value in changed.items())
-        print(f"{script}: {settings or 'all defaults'}", flush=True)
+        show(f"{script}: {settings or 'all defaults'}")
     return {key: namespace[key] for key in own}
+
+
+def show(text):
+    """Print a text; where it cannot be written, end the program with one line."""
+    try:
+        print(text, flush=True)
+    except OSError as e:
+        sys.exit(disk_fault(e, "what is printed") or f"what is printed: {e}")
 
 
 def run_script(main):
     """Call a script's main; an InputError ends the program with its one line and exit code 1.
 
-    So does a disk that is full or may not be written.
+    So does a disk that is full or may not be written, and Ctrl-C.
     """
     end_with_launcher()
     try:
         main()
     except InputError as e:
         sys.exit(str(e))
+    except KeyboardInterrupt:
+        sys.exit("interrupted: run the same command again, which goes on from what is whole")
     except BaseException as e:  # torch's CheckpointException is no Exception
         line = disk_fault(e, main.__globals__.get("out"))
         if line is None:

@@ -322,12 +322,8 @@ def check_settings():
             f"--instruction_similarity={instruction_similarity}: has to be between 0 and 1"
         )
 
-    url_is_fit = engine_url and "@" not in engine_url
-    if engine == "openai" and (task != "candidates" or not url_is_fit):
-        raise InputError(
-            "--engine=openai: writes candidates, wants --engine_url without user or key in it "
-            "(OPENAI_API_KEY)"
-        )
+    if engine == "openai" and (task != "candidates" or not engine_url):
+        raise InputError("--engine=openai: writes candidates, wants --engine_url")
     if engine == "openai" and template_kwargs:
         raise InputError("--template_kwargs: --engine=openai leaves the template to the server")
 

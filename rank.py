@@ -597,8 +597,6 @@ def check_settings():
     for key, least in at_least.items():
         if config[key] < least:
             raise InputError(f"--{key}={config[key]}: at least {least}")
-    if "@" in judge_url:
-        raise InputError("--judge_url: holds a user or a key; the key belongs in OPENAI_API_KEY")
 
 
 def annotator_models(spec):

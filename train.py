@@ -268,7 +268,7 @@ def reference_pass(forward, policy, micro_batches, manifest, output_dir, device)
 
     from nanoaipo.reference import load_reference, save_reference
 
-    t0 = time.time()
+    t0 = time.monotonic()
     cache = reference_cache or os.path.join(output_dir, "reference.logps")
     os.makedirs(os.path.dirname(cache) or ".", exist_ok=True)
     draw = seed if sampo else None  # of the tokens that count
@@ -289,7 +289,7 @@ def reference_pass(forward, policy, micro_batches, manifest, output_dir, device)
     policy.reshard()  # without backward the root stays gathered: steps would not reach it
     dist.all_reduce(reference)  # each process filled the rows of its own pairs
     save_reference(cache, made_from, reference)
-    return reference, f"in {time.time() - t0:.1f} s"
+    return reference, f"in {time.monotonic() - t0:.1f} s"
 
 
 def first_loss(symbols, reference, micro_batches):
@@ -511,7 +511,7 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
     # ---- the loop
     n_tokens = tokens_of_pairs(records)  # as the log counts them, without padding
     for step, micro_batches in enumerate(steps[start:], start):
-        t0 = time.time()
+        t0 = time.monotonic()
         batch = pairs_in(micro_batches)
         n_pairs = len(batch)
         totals = 0
@@ -563,7 +563,7 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
         optimizer.step()
         optimizer.zero_grad()
 
-        seconds = time.time() - t0
+        seconds = time.monotonic() - t0
         record["pairs"] = n_pairs
         record["tokens"] = sum(n_tokens[i] for i in batch)
         record["seconds"] = seconds

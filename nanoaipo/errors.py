@@ -4,13 +4,18 @@ import errno
 import os
 import re
 
-# what helps against a disk that does not take what is written
+# what helps against a disk, or a reader of what is printed, that does not take what is written
 FIXES = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room in the quota",
     errno.EROFS: "let it be written, or choose another --out",
     errno.EACCES: "give this user the right to it, or choose another --out",
     errno.EPERM: "give this user the right to it, or choose another --out",
+    errno.EEXIST: "choose another --out",
+    errno.ENOTDIR: "choose another --out",
+    errno.ENAMETOOLONG: "choose another --out",
+    errno.EIO: "look after the disk",
+    errno.EPIPE: "send what is printed to a file",
 }
 
 
@@ -31,11 +36,13 @@ def as_line(text):
     """A text that may quote anything, as one line for a terminal.
 
     Line breaks and what else cannot be printed become escapes; a long text is cut in its middle,
-    because place and fix stand at its ends.
+    because place and fix stand at its ends. User, key and query of an address are left out.
     """
     if len(text) > LONGEST:
         half = LONGEST // 2
         text = f"{text[:half]} ... {text[-half:]}"
+    text = re.sub(r"(https?://)\S*@", r"\1***@", text)
+    text = re.sub(r"(https?://[^\s?#]*)[?#]\S*", r"\1?***", text)
     printable = []
     for c in text:
         if not c.isprintable():

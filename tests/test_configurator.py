@@ -101,6 +101,7 @@ def test_a_value_takes_the_type_of_the_default(run, argument, value):
         ("—steps=3", "—steps=3: write --steps=3"),
         ("steps=3", "steps=3: write --steps=3"),
         ("-stebs=3", "-stebs=3: unknown setting 'stebs', did you mean 'steps'"),
+        ("--steps=4294967296", "--steps=4294967296: at most 4294967295 is what 'steps' takes"),
     ],
 )
 def test_a_wrong_argument_ends_with_one_line_that_says_what_is_right(run, argument, message):
@@ -109,6 +110,35 @@ def test_a_wrong_argument_ends_with_one_line_that_says_what_is_right(run, argume
     assert code == 1
     assert message in text
     assert text.count("\n") == 1
+
+
+def refusal(*arguments):
+    """The line with which these arguments are refused."""
+    every = every_setting()
+    with pytest.raises(InputError) as refused:
+        configurator.changes(arguments, every, every)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("address", ["http://me:KEY@host/v1", "https://h/v1?k=KEY", "http://h#KEY"])
+def test_a_key_in_an_address_is_refused_and_shown_nowhere(address, tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(f"judge_url = '{address}'\n")
+
+    fix = ": holds a user or a key (@, ? or #); the key belongs in OPENAI_API_KEY"
+    assert refusal(f"--judge_url={address}") == "--judge_url" + fix
+    assert refusal(f"--engine_url={address}") == "--engine_url" + fix
+    assert refusal(str(recipe)) == f"{recipe}:1" + fix
+
+    # where it is written otherwise, too
+    assert "KEY" not in refusal("--judge_url", address)
+    assert "KEY" not in refusal(f"-judge_url={address}")
+    assert "KEY" not in refusal("--api_key=KEY")
+
+
+def test_a_share_is_one_at_most():
+    for key in configurator.SHARES:
+        assert refusal(f"--{key}=1.5").startswith(f"--{key}=1.5: at most 1 is what '{key}' takes")
 
 
 def test_a_recipe_may_stand_behind_an_empty_setting(run, tmp_path):
@@ -148,6 +178,20 @@ def test_a_recipe_is_data_not_code(run, tmp_path):
     assert "bad.py:1: a recipe holds `name = literal` lines only" in text
 
     assert run("missing.py") == (1, "missing.py: no such recipe\n")
+
+
+def test_a_recipe_is_read_as_python_counts_its_lines(run, tmp_path):
+    # a byte order mark before it, and in a comment what only some take for the end of a line
+    (tmp_path / "r.py").write_text("\ufeff# a\u2028b\x0c\nsteps = 3\n", encoding="utf-8")
+    code, text = run("r.py")
+    assert code == 0
+    assert "'steps': 3" in text
+
+    (tmp_path / "r.py").write_text("# a\u2028b\x0c\nsteps = int(3)\n", encoding="utf-8")
+    _, text = run("r.py")
+    assert text.endswith(
+        "r.py:2: a recipe holds `name = literal` lines only, not: steps = int(3)\n"
+    )
 
 
 def test_help_lists_every_setting_with_its_comment(run):

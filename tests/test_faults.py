@@ -425,6 +425,53 @@ def test_an_error_of_another_kind_is_not_taken_for_one_of_the_disk():
     assert disk_fault(KeyboardInterrupt(), "out") is None
 
 
+# ------------------------------------------------------------------- Ctrl-C, and nobody who reads
+
+STAGE = """
+import time
+from configurator import run_script
+
+def main():
+    print("at work", flush=True)
+    time.sleep(60)
+
+run_script(main)
+"""
+
+
+def test_ctrl_c_ends_a_stage_with_one_line():
+    process = subprocess.Popen(
+        [sys.executable, "-c", STAGE],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "at work\n"
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+
+    assert process.returncode == 1
+    line = "interrupted: run the same command again, which goes on from what is whole\n"
+    assert stderr == line
+
+
+@pytest.mark.parametrize("command", [["rank.py", "--help"], ["rank.py"], ["-c", STAGE]])
+def test_a_script_whose_output_nobody_reads_ends_with_one_line(command):
+    nobody, stdout = os.pipe()
+    os.close(nobody)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True
+    )
+    os.close(stdout)
+
+    assert done.returncode == 1
+    place, _, fix = done.stderr.partition(": Broken pipe: ")
+    assert place in ("what is printed", "the disk")
+    assert fix.startswith("send what is printed to a file and run the same command again")
+    assert fix.count("\n") == 1
+
+
 # ------------------------------------------------------------------------------------ no endpoint
 
 
