@@ -12,6 +12,7 @@ FIXES = {
     errno.EACCES: "give this user the right to it, or choose another --out",
     errno.EPERM: "give this user the right to it, or choose another --out",
     errno.EEXIST: "choose another --out",
+    errno.EISDIR: "choose another --out",
     errno.ENOTDIR: "choose another --out",
     errno.ENAMETOOLONG: "choose another --out",
     errno.EIO: "look after the disk",

@@ -289,11 +289,13 @@ def remove_leftovers(out):
 
 
 def read_manifest(out):
-    """The manifest of `out`, None for a file of others; raises InputError for what is no JSON."""
+    """The manifest of `out`, None for a file of others or none; raises InputError for no JSON."""
     path = manifest_path(out)
     try:
         with open(path, encoding="utf-8") as f:
             manifest = json.load(f)
+    except FileNotFoundError:
+        return None
     except ValueError as e:  # of JSON or of UTF-8
         raise InputError(
             f"{path}: damaged: {e}: delete {out} and run the command that wrote it again"
@@ -311,8 +313,8 @@ def check_same_run(out, manifest):
     before = read_manifest(out)
     if before is None:
         raise InputError(
-            f"{manifest_path(out)}: not written by a stage, so {out} was not either: "
-            "remove both or choose another --out"
+            f"{manifest_path(out)}: missing, or not written by a stage, so what {out} is made "
+            "from is not known: remove both or choose another --out"
         )
     for kind in ("settings", "inputs"):
         for key in before[kind] | manifest[kind]:
@@ -493,10 +495,23 @@ def write_blocks(out, manifest, rows, size, make_records, count):
 
 def keep_whole_blocks(f, size, n_rows):
     """Cut a half-written file behind its last whole block; return how many records it keeps."""
-    lines = [line for line in f.read().splitlines(keepends=True) if line.endswith(b"\n")]
+    lines = []
+    for line in f.read().splitlines(keepends=True):
+        if not is_record(line):  # cut by a kill, or damaged since
+            break
+        lines.append(line)
     n_done = len(lines)
     if n_done < n_rows:  # else the last block, a short one, is whole too
         n_done -= n_done % size
     f.truncate(sum(map(len, lines[:n_done])))
     f.seek(0, os.SEEK_END)
     return n_done
+
+
+def is_record(line):
+    """Whether a line, in bytes, is whole and JSON."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return line.endswith(b"\n")

@@ -64,7 +64,7 @@ def test_a_manifest_that_no_stage_wrote_is_no_manifest(other, tmp_path):
     stages.check_undamaged(str(model))
 
     # as an output it is another's
-    with pytest.raises(InputError, match="manifest.json: not written by a stage, so .*/model was"):
+    with pytest.raises(InputError, match="manifest.json: missing, or not written by a stage"):
         stages.open_stage(str(model), "", {"out": ""})
 
 
@@ -172,6 +172,43 @@ def test_a_killed_stage_goes_on_behind_its_last_whole_block(tmp_path, capsys):
         assert [line for line in f] == [f'{{"n": {n}, "square": {n * n}}}\n' for n in range(7)]
     assert manifest["counts"] == {"rows": 7}
     assert not os.path.exists(out + ".tmp")
+
+
+@pytest.mark.parametrize("damage", [b"\x00" * 10, b'{"n": 1 "squ', b"\xff\xfe"])
+def test_a_half_written_file_that_was_damaged_is_made_again_from_there(damage, tmp_path):
+    out = str(tmp_path / "x.jsonl")
+    manifest = {"settings": {}, "inputs": {}}
+    asked = []
+
+    def copies(block):
+        asked.extend(block)
+        if 6 in block and len(asked) < 8:
+            raise RuntimeError("the plug")
+        return [{"n": n} for n in block]
+
+    def count(records):
+        return {"rows": len(list(records))}
+
+    # a byte flipped or a block lost after it was written: the fourth of six records
+    with pytest.raises(RuntimeError):
+        stages.write_blocks(out, manifest, list(range(7)), 2, copies, count)
+    with open(out + ".tmp", "rb+") as f:
+        lines = f.read().splitlines(keepends=True)
+        f.seek(sum(map(len, lines[:3])))
+        f.write(damage[: len(lines[3]) - 1])
+
+    stages.write_blocks(out, manifest, list(range(7)), 2, copies, count)
+
+    assert asked == [0, 1, 2, 3, 4, 5, 6, 2, 3, 4, 5, 6]
+    with open(out, encoding="utf-8") as f:
+        assert f.read() == "".join(f'{{"n": {n}}}\n' for n in range(7))
+
+
+def test_checkpoints_without_their_manifest_are_named(tmp_path):
+    (tmp_path / "policy.tmp" / "step_1").mkdir(parents=True)
+
+    with pytest.raises(InputError, match="policy.tmp/manifest.json: missing, or not written by"):
+        stages.open_stage(str(tmp_path / "policy"), "", {"out": ""})
 
 
 def test_what_another_run_left_half_written_is_refused(tmp_path):
