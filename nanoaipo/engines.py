@@ -10,6 +10,7 @@ and soon behind any of the texts in `stop`.
 """
 
 import importlib.util
+import math
 import os
 import shutil
 import subprocess
@@ -36,7 +37,8 @@ def load_engine(
 ):
     """The function `sample` of an engine: vllm, transformers, or auto (vllm where it is installed).
 
-    max_tokens: of the longest prompt and response together. Raises InputError.
+    max_tokens: of the longest prompt and response together. Raises InputError, and so does `sample`
+    where the model gives no log-probs.
     """
     if dtype not in DTYPES:
         raise InputError(f"--dtype={dtype}: there are {', '.join(DTYPES)}")
@@ -54,13 +56,13 @@ def load_engine(
         lap("starting")
         loaded = TransformersEngine(model, eos_ids, dtype=dtype, generate_rows=generate_rows)
         lap("loading")
-        return loaded.sample
+        return checked(loaded.sample, model)
 
     if not has_vllm:
         raise InputError(
             "--engine=vllm: vllm is not installed; `make vllm` or --engine=transformers"
         )
-    return vllm_engine(
+    sample = vllm_engine(
         model,
         eos_ids,
         max_tokens,
@@ -69,6 +71,29 @@ def load_engine(
         tensor_parallel=tensor_parallel,
         gpu_memory=gpu_memory,
     )
+    return checked(sample, model)
+
+
+def checked(sample, model):
+    """`sample`, which raises InputError where what it sampled has a log-prob that is not finite."""
+    message = (
+        f"{model}: its log-probs are not finite: its weights are damaged, "
+        "or the temperature is too near to 0"
+    )
+
+    def sample_checked(requests, **settings):
+        try:
+            results = sample(requests, **settings)
+        except RuntimeError as e:
+            if "probability tensor" not in str(e):  # torch.multinomial's
+                raise
+            raise InputError(message) from e
+        for responses in results:
+            if not all(math.isfinite(logp) for _, _, logp in responses):
+                raise InputError(message)
+        return results
+
+    return sample_checked
 
 
 def context_length(model):

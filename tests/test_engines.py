@@ -1,14 +1,16 @@
 """The transformers engine on models whose attention, cache or layers are not Llama's."""
 
 import json
+import math
 import random
+import shutil
 
 import pytest
 import torch
 from conftest import build_model
 from safetensors.torch import load_file, save_file
 
-from nanoaipo.engines import exact_attention
+from nanoaipo.engines import exact_attention, load_engine
 from nanoaipo.errors import InputError
 from nanoaipo.transformers_engine import (
     TransformersEngine,
@@ -195,3 +197,18 @@ def test_a_prompt_of_tokens_that_the_model_does_not_have_is_refused(tmp_path):
     engine.sample([([5, 199], 0)], n_responses=1, **GREEDY)
     with pytest.raises(InputError, match="model: its tokenizer gives .* id 200, .* has 200 tokens"):
         engine.sample([([5, 199], 0), ([200, 5], 0)], n_responses=1, **GREEDY)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 1e-60])
+def test_a_model_that_gives_no_numbers_is_refused(temperature, tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    if temperature != 1e-60:
+        weights = load_file(folder / "model.safetensors")
+        weights["model.norm.weight"][3] = math.nan
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    settings = {"seed": 0, "tensor_parallel": 1, "gpu_memory": 0.9, "generate_rows": 8}
+    sample = load_engine("transformers", str(folder), {1}, 40, dtype="float32", **settings)
+
+    how = {"n_responses": 2, "top_k": 0, "top_p": 1.0, "max_new_tokens": 4}
+    with pytest.raises(InputError, match="model: its log-probs are not finite: its weights are"):
+        sample([([0, 3, 40, 4], 0)], temperature=temperature, **how)
