@@ -17,7 +17,13 @@ from nanoaipo.thoughts import marks_of, split_thought
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-MARKUP = re.compile(r"\\[a-z]+|__", re.IGNORECASE)  # LaTeX's commands, such as \boxed; bold
+# a thought in tags that a prompt asked for, wherever it stands; one cut short has no end
+THOUGHT_TAG = r"<(thinking|reasoning|analysis|scratchpad)>"
+TAGGED_THOUGHT = re.compile(
+    rf"{THOUGHT_TAG}.*?</\1>|\A\s*{THOUGHT_TAG}.*", re.IGNORECASE | re.DOTALL
+)
+# LaTeX's commands, such as \boxed; HTML's tags; bold and italics
+MARKUP = re.compile(r"\\[a-z]+|</?[a-z]+>|\b_+|_+\b", re.IGNORECASE)
 
 # "Score (0-5): 4": what the judge says of the score, on its line or, under a heading, the next one
 SCORE_LINE = re.compile(
@@ -39,34 +45,51 @@ CLAUSE_END = re.compile(r"[.!?;:\"]|\b(?:because|since|as)\b", re.IGNORECASE)
 POINTS = re.compile(
     r"\W*(?:is\W*)?(?<![-−–<>≤≥.\d])(\d+(?:\.\d+)?)(?![\w%])(?:\s*points?\b)?"
     r"(?:\W*(?:/|out of|of)\W*5(?:\.0)?)?"
-    r"(?!\W*(?:or\b|(?:to|and|plus|minus|out of|of)?\W*\d))(?!.*\+\W*\d)",
+    r"(?!\W*(?:or\b|(?:to|and|plus|minus|out of|of)?\W*\d))(?!.*\+\W*(?:\d|$))",
     re.IGNORECASE,
 )
 
+# a verdict: which is better, perhaps by how much (Arena-Hard), or neither
+NOUN = r"(?:response|answer|assistant|model)"
+CHOICE = r"(a\s*(?:>>?|<<?|=)\s*b|b\s*(?:>>?|<<?|=)\s*a|a|b|c|tie)"
+
 # "Better: A"; a line that says something else in its place, such as "Better: A or B", has no group
 VERDICT = re.compile(
-    r"^\W*better\b(?:\W*(?:(?:response|answer)\W*)?(a|b|tie)\W*$|[^\w\n]*:.*$)",
+    rf"^\W*better\b(?:\W*(?:{NOUN}\W*)?{CHOICE}"
+    r"(?:\W*\((?!or\b)[^()\n]*\)|\W+(?:because|since|as)\b.*)?\W*$|[^\w\n]*:.*$)",
     re.IGNORECASE | re.MULTILINE,
 )
 
 # where no line says so, how judges mark a verdict: [RESULT] 4 (Prometheus), \boxed{4}, [[4]]
 MARKED = re.compile(
     r"\[result\][\s:]*(?P<result>.*)"
-    r"|\\boxed\{(?:\\text\{)?(?P<boxed>[^{}]*)\}"
+    r"|\\boxed\{(?:\\[a-z]+\{)?(?P<boxed>[^{}]*)\}"
     r"|\[\[(?P<brackets>[^\[\]]*)\]\]"
-    r"|<answer>(?P<answer>[^<]*)</answer>",
+    r"|<(?P<tag>answer|score|rating|verdict|winner)>(?P<tagged>[^<]*)</(?P=tag)>",
     re.IGNORECASE,
 )
-MARKED_POINTS = re.compile(r"(\d+(?:\.\d+)?)(?:\s*/\s*5)?")
-MARKED_VERDICT = re.compile(
-    r"(?:(?:response|answer|assistant|model)[\s_]*)?(a|b|c|tie|a>>?b|b>>?a|a=b)"
+# and where nothing is marked: "Final verdict: Assistant B", "Rating: 4/5"
+LABELLED = re.compile(
+    rf"^\W*(?:(?:my|the|final|overall)\W+)*(?:verdict|winner|rating|better {NOUN})\b"
+    r"\W*(?:is\b\W*)?(.+)$",
+    re.IGNORECASE | re.MULTILINE,
 )
-OUTCOMES = {"a": 1.0, "a>b": 1.0, "a>>b": 1.0, "b": 0.0, "b>a": 0.0, "b>>a": 0.0}
-OUTCOMES |= {"tie": 0.5, "a=b": 0.5, "c": 0.5}  # MT-Bench's tie is [[C]]
+MARKED_POINTS = re.compile(r"(?:(?:score|rating)\W+)?(\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*5)?")
+MARKED_VERDICT = re.compile(rf"(?:{NOUN}[\s_]*)?{CHOICE}")
+# MT-Bench's tie is [[C]]; Arena-Hard's judges turn A>B around to B<A now and then
+# fmt: off
+OUTCOMES = {
+    "a": 1.0, "a>b": 1.0, "a>>b": 1.0, "b<a": 1.0, "b<<a": 1.0,
+    "b": 0.0, "b>a": 0.0, "b>>a": 0.0, "a<b": 0.0, "a<<b": 0.0,
+    "c": 0.5, "tie": 0.5, "a=b": 0.5, "b=a": 0.5,
+}
+# fmt: on
 
 # {"score": 4}, {"winner": "A"}: which keys of a JSON object hold a verdict
-SCORE_KEYS = {"score", "final_score", "total_score", "overall_score", "rating"}
-VERDICT_KEYS = {"winner", "better", "verdict", "choice", "preference"}
+SCORE_KEYS = re.compile(r"(?:(?:final|total|overall)_)?(?:score|rating)")
+VERDICT_KEYS = re.compile(
+    rf"(?:final_)?(?:winner|better|verdict|choice|preference|preferred)(?:_{NOUN})?"
+)
 JSON = json.JSONDecoder(strict=False)  # its texts may hold line breaks
 
 NUMBER = re.compile(r"[-−+]?\d+(?:\.\d+)?")  # what --verdict finds where points are asked for
@@ -95,9 +118,8 @@ def read_score(reply):
     A sum counts as what it comes to. A range, a fraction, one of several numbers, a number below 0
     or above 5 or on another scale, and what stands in a thought are no score.
     """
-    _, answer = split_thought(reply)
-    values, answer = cut_json(answer, SCORE_KEYS)
-    found = SCORE_LINE.findall(MARKUP.sub("", answer))
+    values, answer = cut_json(without_thought(reply), SCORE_KEYS)
+    found = SCORE_LINE.findall(plain_lines(answer))
     if not found:
         points = one_verdict(values or marked_texts(answer), MARKED_POINTS)
         if points is None or float(points) > 5:
@@ -128,18 +150,33 @@ def read_verdict(reply):
 
     JSON behind it counts in its place, and what is marked where there is neither.
     """
-    _, answer = split_thought(reply)
-    values, answer = cut_json(answer, VERDICT_KEYS)
-    found = VERDICT.findall(MARKUP.sub("", answer))
+    values, answer = cut_json(without_thought(reply), VERDICT_KEYS)
+    found = VERDICT.findall(plain_lines(answer))
     if not found:
         return OUTCOMES.get(one_verdict(values or marked_texts(answer), MARKED_VERDICT))
-    return OUTCOMES.get(found[-1].lower())
+    return OUTCOMES.get(re.sub(r"\s", "", found[-1].lower()))
+
+
+def without_thought(reply):
+    """What a judge says behind its thought, and outside of those in tags that a prompt asks for."""
+    _, answer = split_thought(reply)
+    return TAGGED_THOUGHT.sub("", answer)
+
+
+def plain_lines(answer):
+    """An answer without markup and without the lines that have no word in them.
+
+    A judge that falls into a loop writes thousands of those, and a pattern would try each.
+    """
+    lines = MARKUP.sub("", answer).splitlines()
+    return "\n".join(line for line in lines if re.search(r"\w", line))
 
 
 def cut_json(answer, keys):
     """What JSON objects in an answer have under these keys, as texts, and the answer behind them.
 
-    Keys are in lower case with underscores. Where no object has one of them, that is all of it.
+    keys: a pattern of names in lower case with underscores. Where no object has such a key, that is
+    all of the answer.
     """
     values = []
     end = 0  # of the last object
@@ -149,9 +186,11 @@ def cut_json(answer, keys):
             continue
         try:
             found, stop = JSON.raw_decode(answer, begin)
-        except (ValueError, RecursionError):  # no JSON
+        except ValueError:  # no JSON
             continue
-        names = [name for name in found if re.sub(r"\W+", "_", name.lower()) in keys]
+        except RecursionError:  # thousands of brackets: each would be tried in turn
+            break
+        names = [name for name in found if keys.fullmatch(re.sub(r"\W+", "_", name.lower()))]
         if names:
             values += [str(found[name]) for name in names]
             end = stop
@@ -159,9 +198,11 @@ def cut_json(answer, keys):
 
 
 def marked_texts(answer):
-    """What an answer marks as its verdict; an answer without a mark is taken for one as a whole."""
-    marked = [match[match.lastgroup] for match in MARKED.finditer(answer)]
-    return marked or [answer]
+    """What an answer marks as its verdict, else what lines call one, else the whole answer."""
+    marked = []
+    for match in MARKED.finditer(answer):
+        marked += marked_texts(match[match.lastgroup])  # <answer>[[A]]</answer>
+    return marked or LABELLED.findall(plain_lines(answer)) or [answer]
 
 
 def one_verdict(texts, pattern):
@@ -172,15 +213,15 @@ def one_verdict(texts, pattern):
     verdicts = set()
     for text in texts:
         match = pattern.fullmatch(without_bold(text))
-        verdicts.add(match and match[1])
+        verdicts.add(match and re.sub(r"\s", "", match[1]))
     if len(verdicts) != 1:
         return None
     return verdicts.pop()
 
 
 def without_bold(text):
-    """A verdict without the brackets and bold around it, in lower case."""
-    return text.lstrip(" \n*_`($").rstrip(" \n*_`)$.").lower()
+    """A verdict without the brackets, quotes and bold around it, in lower case."""
+    return text.lstrip(" \n*_`($\"'").rstrip(" \n*_`)$\"'}.!").lower()
 
 
 def reader_of(verdict, judge_mode):
@@ -207,7 +248,7 @@ def reader_of(verdict, judge_mode):
         marks = marks_of(reply)
         if marks:
             _, _, reply = reply.partition(marks[1])
-        matches = list(pattern.finditer(reply))
+        matches = list(pattern.finditer(TAGGED_THOUGHT.sub("", reply)))
         if not matches:
             return None
         text = without_bold(matches[-1][group] or "")

@@ -986,6 +986,7 @@ def test_a_judge_that_is_set_up_wrongly_is_refused(tmp_path, settings, message):
         ("Score: 1+1+1+1=4", 4, None),
         ("**Score:** 1 (relevant) + 1 (complete) = **2**/5", 2, None),
         ("Score: 1 + 1 + 1", None, None),
+        ("Score: 1 +", None, None),  # cut short
         ("Score: 1 point + 1 point", None, None),
         ("Score: 1, 1, 0", None, None),
         ("Score: 5 - 1 = 4", 4, None),
@@ -1035,6 +1036,8 @@ def test_a_judge_that_is_set_up_wrongly_is_refused(tmp_path, settings, message):
         ("Score: 4. It holds 4 of the points.", 4, None),
         ("Score - 4 because all holds", 4, None),
         ("Score: 4\n\nScore explanation: 1 to 4 hold", 4, None),
+        ("*Score:* _4_", 4, None),
+        ("<p><b>Score</b>: 4</p>", 4, None),
         # verdicts
         ("**Better: B**", None, 0),
         ("Better: Answer [A]", None, 1),
@@ -1043,10 +1046,18 @@ def test_a_judge_that_is_set_up_wrongly_is_refused(tmp_path, settings, message):
         ("Better: A or B", None, None),
         ("Better: A\nBetter: A or B", None, None),
         ("Better: A\nBetter is a strong word.", None, 1),
+        ("Better: A (it is complete)", None, 1),
+        ("Better: Assistant B, since A is wrong", None, 0),
+        ("Better: A (or B)", None, None),
+        ("<b>Better:</b> A>>B", None, 1),
         # thoughts
         ("<think>\nIt ends with\nScore: 0\nBetter: B\nNow", None, None),
         ("<think>\nScore: 0\nBetter: B\n</think>\n\nScore: 4", 4, None),
         ("Score: 0\n</think>\nBetter: A", None, 1),
+        ("<thinking>\nScore: 0\nBetter: B\n</thinking>\nScore: 4", 4, None),
+        ("So.\n<Analysis>\nScore: 0\nBetter: B\n</analysis>\nBetter: A", None, 1),
+        ("<reasoning>\nIt ends with\nScore: 0\nBetter: B", None, None),
+        ("I saw no <reasoning> tag.\nBetter: A", None, 1),
     ],
 )
 def test_the_last_verdict_of_a_reply_counts(reply, score, verdict):
@@ -1082,13 +1093,39 @@ def test_the_last_verdict_of_a_reply_counts(reply, score, verdict):
         ("[[Response B]]", None, 0),
         ("<answer>A</answer>", None, 1),
         ("<answer>\n4\n</answer>", 4, None),
+        ("<answer>[[B]]</answer>", None, 0),
+        ("<answer>Score: 4</answer>", 4, None),
+        ("<score>4</score>", 4, None),
+        ("<verdict>\nAssistant A\n</verdict>", None, 1),
+        ("[RESULT] [[A>B]]", None, 1),
+        ("[[A >> B]]", None, 1),
+        ("[[A<B]]", None, 0),
+        ("[[B<<A]]", None, 1),
+        ("[[B=A]]", None, 0.5),
+        ("[[A<B>A]]", None, None),
+        ("$\\boxed{\\mathbf{B}}$", None, 0),
+        ("\\boxed{\\textbf{4}}", 4, None),
         # marks that do not agree are no verdict, and a line is above them
         ("[[A]] if it is A, [[B]] if it is B", None, None),
         ("[[A]], I say: [[A]]", None, 1),
         ("[[A]] is shown first.\nBetter: B", None, 0),
         ("[[5]] is the most.\nScore: 3", 3, None),
+        # what a line calls a verdict counts where nothing is marked
+        ("Final verdict: Assistant B", None, 0),
+        ("**Winner:** Response A", None, 1),
+        ("### Verdict\n\nB", None, 0),
+        ("The better answer is B!", None, 0),
+        ("The verdict is: A>B.", None, 1),
+        ("Overall rating: **4/5**", 4, None),
+        ("Rating: 8", None, None),
+        ("Verdict: A or B", None, None),
+        ("Style\nWinner: A\nTruth\nWinner: B", None, None),
+        ("Style\nWinner: A\nTruth\nWinner: B\n\n[[B]]", None, 0),
+        ("Final verdict: A is better.\n[[A]]", None, 1),
+        ("Rating: 2\n[RESULT] 4", 4, None),
         # nothing but a verdict
         ("4", 4, None),
+        ("4 out of 5", 4, None),
         ("**B**", None, 0),
         ("(__A__).", None, 1),
         ("A good answer.", None, None),
@@ -1127,6 +1164,10 @@ def test_a_verdict_that_is_marked_counts_where_no_line_says_one(reply, score, ve
         ('{"better": "tie"}', None, 0.5),
         ('{"choice": "Response A"}', None, 1),
         ('{"winner": "both"}', None, None),
+        ('{"Final Verdict": "Assistant B"}', None, 0),
+        ('{"preferred_response": "A", "reason": "B is short"}', None, 1),
+        ('{"final_rating": 4}', 4, None),
+        ('{"score_a": 4, "winner_of_style": "A"}', None, None),
         # objects that do not agree are no verdict, and a line behind them is above them
         ('{"score": 5} is the most. {"score": 3}', None, None),
         ('{"score": 3}, so {"score": 3}', 3, None),
@@ -1166,10 +1207,24 @@ def test_a_verdict_in_json_counts_where_no_line_says_one(reply, score, verdict):
         (r"(\d)$", "score", "<think>5\n</think>\n4", 4),
         (r"(\d)$", "score", "<think>\nthat makes 5", None),
         (r"(\d)$", "score", "that makes 5</think>4", 4),
+        (r"points: (\d)", "score", "points: 4\n<thinking>points: 5</thinking>", 4),
     ],
 )
 def test_a_regular_expression_reads_verdicts_of_any_other_form(expression, mode, reply, value):
     assert judges.reader_of(expression, mode)(reply) == value
+
+
+@pytest.mark.parametrize(
+    "loop", ["\n", "*\n", "- \n\n", "{", '{"a":', "<answer>", "<thinking>", "better: a (", "[["]
+)
+def test_a_judge_that_falls_into_a_loop_is_read_in_seconds(loop):
+    reply = "Score: 4\nBetter: A\n" + loop * 5_000
+
+    before = time.process_time()
+    judges.read_score(reply)
+    judges.read_verdict(reply)
+
+    assert time.process_time() - before < 5
 
 
 def test_a_template_of_ones_own_has_places_for_columns_and_a_verdict_of_any_form(tmp_path):
