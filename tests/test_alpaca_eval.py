@@ -226,6 +226,7 @@ def test_preferences_of_0_are_ties_and_null_is_invalid(alpaca, tmp_path):
         (None, "The best is **M**.", 2.0),
         (None, "I'm for M, not m", 1.0),
         (None, "I'm sure.", None),
+        (None, "I’m sorry, I can’t judge these.", None),
         (None, "", None),
         (None, "<think>Is it m?</think>M", 2.0),
         (None, "<think>Is it m?", None),

@@ -326,7 +326,7 @@ def preference_of(reply):
         return 2 - top.get("m", 0) / both
 
     _, answer = split_thought(reply["reply"])
-    letters = re.findall(r"(?<![\w'])[mM](?![\w'])", answer)
+    letters = re.findall(r"(?<![\w'’])[mM](?![\w'’])", answer)  # not that of "I’m sorry"
     if not letters:
         return None
     return {"m": 1.0, "M": 2.0}[letters[-1]]
