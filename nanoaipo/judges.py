@@ -428,12 +428,13 @@ def fill_template(template, fields, row, shown):
 def without_tags(text, template):
     """A text that cannot close the tags around it: </response> becomes &lt;/response>.
 
-    This goes for the tags that the template has, however they are spaced.
+    This goes for the tags that the template has, however they are spaced, with invisible
+    characters in front of the name and with the wide < that some languages type, too.
     """
     names = set(re.findall(r"</(\w+)", template))
     if not names:
         return text
-    tag = rf"<(?=\s*/?\s*(?:{'|'.join(names)})\b)"
+    tag = rf"[<＜﹤](?=[^\w<>]{{0,8}}(?:{'|'.join(names)})\b)"
     return re.sub(tag, "&lt;", text, flags=re.IGNORECASE)
 
 
