@@ -263,9 +263,20 @@ def read_completion(body):
         name = as_name(completion.get(field))
         if name:
             reply[field] = name
-    if choice.get("logprobs"):
+    if is_log_probs(choice.get("logprobs")):
         reply["logprobs"] = choice["logprobs"]
     return reply
+
+
+def is_log_probs(value):
+    """Whether these are log-probs as OpenAI has them, with the likeliest first tokens."""
+    try:
+        for top in value["content"][0]["top_logprobs"]:
+            if not isinstance(top["token"], str) or not isinstance(top["logprob"], (int, float)):
+                return False
+    except (LookupError, TypeError):  # none, of the chosen token alone, or of another form
+        return False
+    return True
 
 
 def text_of(content):

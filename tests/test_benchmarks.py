@@ -41,6 +41,7 @@ from conftest import ROOT, run
 
 from nanoaipo import questions
 from nanoaipo.benchmarks.answers import read_answers
+from nanoaipo.benchmarks.judging import count_replies
 
 # ---- files that cannot be scored ----
 
@@ -235,6 +236,14 @@ def task_of(handler):
     """The number of the instruction that a request is about."""
     line = handler.body["messages"][1]["content"].split("\n")[0]
     return int(line.removeprefix("Task: task "))
+
+
+def test_a_usage_that_is_not_in_numbers_counts_as_none():
+    odd = [{"usage": {"prompt_tokens": "7"}}, {"usage": {"prompt_tokens": 1.5}}, {"usage": None}]
+
+    counts = count_replies([*odd, {"usage": {"prompt_tokens": 7}}])
+
+    assert counts == {"replies": 4, "refused": 0, "prompt_tokens": 7, "completion_tokens": 0}
 
 
 def test_what_never_has_an_answer_in_it_is_an_error_that_is_asked_again(alpaca, tmp_path):

@@ -17,6 +17,7 @@ import torch
 from conftest import PLAIN, ROOT, build_model, run, torchrun
 
 from nanoaipo import chat, files, judges, stages
+from nanoaipo.logprobs import first_token
 from nanoaipo.questions import ask, local_model, read_completion
 
 KEY = "sk-planted-0123456789"
@@ -572,6 +573,26 @@ def test_the_names_that_a_server_gives_are_kept_on_one_line(name, kept_as):
     reply = read_completion(json.dumps(completion))
 
     assert reply.get("model") == reply.get("system_fingerprint") == kept_as
+
+
+@pytest.mark.parametrize(
+    "logprobs, is_kept",
+    [
+        ({"content": [{"token": "4", "top_logprobs": [{"token": "4", "logprob": -0.1}]}]}, True),
+        ({"content": [{"token": "4", "top_logprobs": [{"token": "4", "logprob": None}]}]}, False),
+        ({"content": [{"token": "4", "top_logprobs": [{"logprob": -0.1}]}]}, False),
+        ({"content": [{"token": "4", "top_logprobs": None}]}, False),
+        ({"content": [4]}, False),
+        ({"tokens": ["4"], "top_logprobs": [{"4": -0.1}]}, False),  # of text completions
+        (5, False),
+        (None, False),
+    ],
+)
+def test_log_probs_of_another_form_are_none(logprobs, is_kept):
+    reply = read_completion(json.dumps(choice("4", logprobs=logprobs)))
+
+    assert ("logprobs" in reply) == is_kept
+    assert (first_token(reply) is not None) == is_kept
 
 
 def test_a_key_is_taken_without_the_white_space_around_it_and_refused_with_some_inside(tmp_path):

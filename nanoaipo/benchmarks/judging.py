@@ -1,7 +1,7 @@
 """Judgments of a benchmark, written by asking a judge."""
 
 from nanoaipo.errors import InputError
-from nanoaipo.questions import ask
+from nanoaipo.questions import ask, n_tokens
 from nanoaipo.stages import open_output, write_json_output
 
 
@@ -48,5 +48,5 @@ def count_replies(replies):
     counts = {"replies": len(replies), "refused": sum("error" in reply for reply in replies)}
     usage = [reply.get("usage") or {} for reply in replies]
     for kind in ("prompt_tokens", "completion_tokens"):
-        counts[kind] = sum(tokens.get(kind) or 0 for tokens in usage)
+        counts[kind] = sum(n_tokens(tokens, kind) for tokens in usage)
     return counts
