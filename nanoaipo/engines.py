@@ -18,6 +18,7 @@ import time
 
 from nanoaipo.clock import lap
 from nanoaipo.errors import InputError
+from nanoaipo.model_folders import CONVERT
 from nanoaipo.processes import DTYPES
 
 ENGINES = ("vllm", "transformers", "auto")
@@ -186,16 +187,26 @@ def start_vllm(model, max_tokens, *, dtype, seed, tensor_parallel, gpu_memory):
             "block_size": 32,
             "max_num_batched_tokens": max(8192, max_tokens),
         }
-    return LLM(
-        model,
-        dtype=dtype,
-        seed=seed,
-        max_model_len=max_tokens,
-        logprobs_mode="raw_logprobs",  # before temperature, top_k and top_p, as train.py has them
-        enable_prefix_caching=True,
-        tensor_parallel_size=tensor_parallel,
-        **memory,
-    )
+    try:
+        return LLM(
+            model,
+            dtype=dtype,
+            seed=seed,
+            max_model_len=max_tokens,
+            # what train.py reads: by itself vLLM would take pickles, and Mistral's other copy
+            load_format="safetensors",
+            logprobs_mode="raw_logprobs",  # before temperature, top_k and top_p, as train.py's are
+            enable_prefix_caching=True,
+            tensor_parallel_size=tensor_parallel,
+            **memory,
+        )
+    except RuntimeError as e:
+        if "Cannot find any model weights" not in str(e):
+            raise
+        raise InputError(
+            f"{model}: no *.safetensors in it; other formats can run code and are not read: "
+            f"{CONVERT}"
+        ) from e
 
 
 def take_own_gpus(tensor_parallel, gpu_memory):

@@ -11,11 +11,14 @@ import time
 import urllib.request
 
 import pytest
-from conftest import ROOT, run, warm_environment
+import torch
+from conftest import ROOT, build_model, run, warm_environment
+from safetensors.torch import load_file, save_file
 from test_generate import kill_midway, read_counts, read_rows, write_rows
 from test_instruct import INSTRUCT, pool, writer  # noqa: F401 (a fixture)
 from test_judge import talker  # noqa: F401 (a fixture)
 from test_loop import world  # noqa: F401 (a fixture)
+from transformers import AutoModelForCausalLM
 
 from nanoaipo import chat
 from nanoaipo.prompts import read_prompts
@@ -53,6 +56,49 @@ def test_greedy_output_equals_that_of_transformers_token_by_token(world, tmp_pat
         assert response["ids"] == expected["ids"]
         assert response["finished"] == expected["finished"]
         assert abs(response["logp"] - expected["logp"]) < 1e-3
+
+
+def greedy(model, engine, out, **how):
+    """generate.py's one greedy response of eight tokens, by this engine."""
+    write_rows(out.with_name("p.jsonl"), [{"prompt": "Two?"}])
+    settings = {"model": model, "engine": engine, "dtype": "float32", "max_new_tokens": 8}
+    settings |= {"prompts": out.with_name("p.jsonl"), "n_responses": 1, "temperature": 0}
+    return run("generate.py", out=out, **settings, **how)
+
+
+def test_it_samples_from_the_files_that_training_reads(tmp_path):
+    heads = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32}
+    folder = build_model(tmp_path / "model", "Mistral", **heads)
+    lm = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    lm.save_pretrained(folder, max_shard_size="50KB")
+
+    # Mistral's own layout of other weights, which vLLM would take before the shards
+    save_file({"norm.weight": torch.zeros(64)}, folder / "consolidated.safetensors")
+
+    logps = []
+    for engine in ENGINES:
+        done = greedy(folder, engine, tmp_path / f"{engine}.jsonl")
+        assert done.returncode == 0, done.stderr[-2000:]
+        (row,) = read_rows(tmp_path / f"{engine}.jsonl")
+        logps.append(row["responses"][0]["logp"])
+    assert logps[0] == pytest.approx(logps[1], abs=1e-3)
+
+
+def test_a_pickle_of_a_hub_model_is_not_read(tmp_path):
+    cache = tmp_path / "hub" / "models--me--pickled"
+    folder = build_model(cache / "snapshots" / "abc")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+    how = {"python": ["-u"], "env": {"HF_HOME": str(tmp_path)}}  # which is read at the start
+    done = greedy("me/pickled", "vllm", tmp_path / "c.jsonl", **how)
+
+    assert done.returncode == 1
+    assert "me/pickled: no *.safetensors in it; other formats can run code and are" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_greedy_answers_of_two_turns_equal_those_of_transformers(world, tmp_path):
