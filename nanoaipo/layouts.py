@@ -112,13 +112,19 @@ AttentionInterface.register("noting_sdpa", noting_sdpa)
 def dry_run(config):
     """What keeps this architecture from packed rows, "" if nothing does, and its attention calls.
 
-    A call is a dict, see noting_sdpa.
+    A call is a dict, see noting_sdpa. Raises InputError for a config that makes no model.
     """
     # In 16 bits, because the grouped product of experts has no other type on the meta device
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=torch.bfloat16, attn_implementation="eager"
-        )
+    try:
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=torch.bfloat16, attn_implementation="eager"
+            )
+    except Exception as e:  # an architecture's own code can fail in any way
+        raise InputError(
+            f"--model={config.name_or_path}: its config.json makes no model "
+            f"({type(e).__name__}: {reason_of(e)}); fetch it again"
+        ) from e
     reason = mixes_tokens(lm)
     if reason:
         return reason, []

@@ -323,6 +323,13 @@ def test_what_is_no_language_model_is_refused(mesh, tmp_path):
         build(tmp_path / "model", mesh)
 
 
+def test_a_config_that_makes_no_model_is_refused(mesh, tmp_path):
+    transformers.LlamaConfig(**SMALL, hidden_act="zap").save_pretrained(tmp_path / "model")
+
+    with pytest.raises(InputError, match="model: its config.json makes no model .KeyError: 'zap'"):
+        build(tmp_path / "model", mesh)
+
+
 LOOKING_AHEAD = {
     "XLM": ("XLM", {"emb_dim": 32, "n_layers": 2, "n_heads": 4}),
     "CpmAnt": ("CpmAnt", {"dim_head": 8, "dim_ff": 64}),
