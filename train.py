@@ -116,8 +116,10 @@ def check_settings():
     ):
         if config[key] <= 0:
             raise InputError(f"--{key}={config[key]}: has to be above 0")
-    if not re.fullmatch(r"0?\.\d+,0?\.\d+", betas):
+    if not re.fullmatch(r"0?\.\d{1,9},0?\.\d{1,9}", betas):
         raise InputError(f"--betas={betas}: has to be two numbers below 1, such as 0.9,0.999")
+    if os.path.isdir(reference_cache):
+        raise InputError(f"--reference_cache={reference_cache}: is a folder; name a file in it")
     if shard_size and WORLD_SIZE % shard_size:
         raise InputError(f"--shard_size={shard_size}: has to divide the {WORLD_SIZE} processes")
     for key, package in (("lora_rank", "peft"), ("wandb", "wandb")):
@@ -168,6 +170,8 @@ def plan_epochs(n_tokens, padded):
     steps = []
     rng = random.Random(seed)
     for _ in range(epochs):
+        if max_steps and len(steps) >= max_steps:
+            break
         order = list(range(len(n_tokens)))
         if shuffle:
             rng.shuffle(order)

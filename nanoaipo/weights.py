@@ -188,7 +188,7 @@ class StoredWeights:
         # The file is opened anew for each weight, so that its mapped pages do not add up in memory
         with safe_open(self.path_of[key], "pt") as f:
             stored = f.get_slice(key)
-            if stored.get_dtype().startswith(("F8", "F6", "F4", "I8", "U8")):
+            if stored.get_dtype().startswith(("F8", "F6_", "F4", "I8", "U8")):
                 raise quantization_error(self.folder, stored.get_dtype())
             if shape is not None:
                 self.check_shape(key, stored.get_shape(), shape)
@@ -256,7 +256,8 @@ def as_shard(local, parameter):
 def save_policy(policy, folder, dtype, tokenizer, eos_ids, rank):
     """Write the policy as a Hugging Face folder in dtype, adapters merged, on rank 0.
 
-    All processes have to call it: weights are gathered one after another.
+    All processes have to call it: weights are gathered one after another. Raises InputError for a
+    weight that is not finite.
     """
     parameters = dict(policy.lm.named_parameters())
     state = {}
@@ -266,6 +267,10 @@ def save_policy(policy, folder, dtype, tokenizer, eos_ids, rank):
         weight = parameter.full_tensor().detach()
         if key.endswith(".base_layer.weight"):
             weight = weight.float() + adapter_product(policy.lm, parameters, key)
+        if not weight.isfinite().all():  # the last step's: no loss is computed behind it
+            raise InputError(
+                f"{folder}: weight {key} is not finite, and nothing is saved: lower --lr"
+            )
         if rank == 0:
             # A copy, because gathered rows may lie in a longer buffer
             state[without_adapter(key)] = weight.to("cpu", dtype, copy=True)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rank
+import train as train_script
 from nanoaipo import chat, packing, stages
 from nanoaipo.errors import InputError
 from nanoaipo.packing import pack
@@ -719,8 +720,20 @@ def test_a_loss_that_needs_a_column_names_it(refused_here):
     assert "'z'" in message
 
 
+def test_no_more_epochs_are_planned_than_max_steps_needs(monkeypatch):
+    monkeypatch.setattr(train_script, "max_steps", 3)
+    monkeypatch.setattr(train_script, "epochs", 2)
+    expected = train_script.plan_steps([5] * 600, padded=False)
+
+    monkeypatch.setattr(train_script, "epochs", 10**9)
+    assert train_script.plan_steps([5] * 600, padded=False) == expected
+    assert len(expected) == 3
+
+
 def test_settings_that_make_no_sense_are_named(refused_here):
     assert "--betas=0.9: has to be two numbers" in refused_here(betas="0.9")
+    assert "has to be two numbers" in refused_here(betas="0.99999999999999999999,0.9")  # 1.0
+    assert "--reference_cache=.: is a folder" in refused_here(reference_cache=".")
     assert "--batch_size=0: has to be above 0" in refused_here(batch_size=0)
     assert "the loss is nan before the first step" in refused_here(loss="robust", eps=0.5)
     assert "--dtype=bf16: there are" in refused_here(dtype="bf16")

@@ -334,6 +334,22 @@ def test_quantized_weights_are_refused_by_name(tiny_model, mesh, tmp_path):
         with pytest.raises(InputError, match=rf"quantized \({name}\)"):
             load(model, mesh)
 
+    # numbers of 64 bits are no codes
+    save_file(weights | {key: weights[key].double()}, model / "model.safetensors")
+    state = load(model, mesh).lm.state_dict()
+    assert torch.equal(state[key].full_tensor(), weights[key])
+
+
+def test_a_weight_that_is_not_finite_is_not_saved(mesh, tmp_path):
+    model = build_model(tmp_path / "model")
+    policy = load(model, mesh)
+    weight = dict(policy.lm.named_parameters())["model.norm.weight"]
+    weight.detach().to_local()[3] = float("inf")
+
+    with pytest.raises(InputError, match="weight model.norm.weight is not finite, and nothing is"):
+        save(policy, tmp_path / "saved", model)
+    assert not list((tmp_path / "saved").iterdir())
+
 
 # ---- which files ----
 
