@@ -134,8 +134,16 @@ def check_known(where, key, known):
         hint = f", did you mean '{near[0]}'?"
     else:
         hint = "; --help lists them"
-        where, _, _ = where.partition("=")  # its value may be a key to something
+        where = without_value(where)  # which may be a key to something
     raise InputError(f"{where}: unknown setting '{key}'{hint}")
+
+
+def without_value(where):
+    """The --key of --key=value; a line of a recipe stays as it is."""
+    if re.search(r"\.py:\d+$", where):
+        return where
+    option, _, _ = where.partition("=")
+    return option
 
 
 def cast(where, key, value, default):
@@ -174,9 +182,9 @@ def cast(where, key, value, default):
 
     # it would be printed and kept with the settings; the client sends nothing behind a ? anyway
     if kind is str and key.endswith("_url") and re.search(r"[@?#]", value):
-        place, _, _ = where.partition("=")
         raise InputError(
-            f"{place}: holds a user or a key (@, ? or #); the key belongs in OPENAI_API_KEY"
+            f"{without_value(where)}: holds a user or a key (@, ? or #); the key belongs in "
+            "OPENAI_API_KEY"
         )
     return value
 

@@ -122,7 +122,7 @@ def refusal(*arguments):
 
 @pytest.mark.parametrize("address", ["http://me:KEY@host/v1", "https://h/v1?k=KEY", "http://h#KEY"])
 def test_a_key_in_an_address_is_refused_and_shown_nowhere(address, tmp_path):
-    recipe = tmp_path / "recipe.py"
+    recipe = tmp_path / "r=1.py"
     recipe.write_text(f"judge_url = '{address}'\n")
 
     fix = ": holds a user or a key (@, ? or #); the key belongs in OPENAI_API_KEY"
