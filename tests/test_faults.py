@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import NO_GPU, ROOT, run, warm_python
+from test_judge import heed_interrupts
 from test_loop import hashes
 
 from nanoaipo import questions, stages
@@ -446,6 +447,7 @@ def test_ctrl_c_ends_a_stage_with_one_line():
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts,
     )
     assert process.stdout.readline() == "at work\n"
     process.send_signal(signal.SIGINT)
