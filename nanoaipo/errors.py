@@ -16,7 +16,7 @@ FIXES = {
     errno.ENOTDIR: "choose another --out",
     errno.ENAMETOOLONG: "choose another --out",
     errno.EIO: "look after the disk",
-    errno.EPIPE: "send what is printed to a file",
+    errno.EPIPE: "its reader has ended; if it was one of what is printed, print to a file",
 }
 
 
