@@ -325,7 +325,8 @@ Written by `bash bench/findings.sh` ({date}, commit {commit}); no line of it by 
 iterations of {P} prompts, {n_seeds} seeds,
 mean ± standard deviation over the seeds; the world, its judge and its truth are those of the \
 demo: 0.8M parameters and sentences of a few
-words. What holds here is that the mechanism exists, not how large it is elsewhere.
+words. What holds here is that the mechanism exists, not how large it is elsewhere. Why two do \
+not: [what was tried](findings_why.md).
 
 | claim | here | measured |
 |---|---|---|
