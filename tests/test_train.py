@@ -723,10 +723,10 @@ def test_a_loss_that_needs_a_column_names_it(refused_here):
 def test_no_more_epochs_are_planned_than_max_steps_needs(monkeypatch):
     monkeypatch.setattr(train_script, "max_steps", 3)
     monkeypatch.setattr(train_script, "epochs", 2)
-    expected = train_script.plan_steps([5] * 600, padded=False)
+    expected = train_script.plan_epochs([5] * 600, padded=False)
 
     monkeypatch.setattr(train_script, "epochs", 10**9)
-    assert train_script.plan_steps([5] * 600, padded=False) == expected
+    assert train_script.plan_epochs([5] * 600, padded=False) == expected
     assert len(expected) == 3
 
 
