@@ -138,10 +138,11 @@ def request(client, url, question, unsupported, first_failure):
             return {"reply": "", "error": without_key(client, str(e))[:300]}
 
         # status 200; but a proxy's page or a JSON without an answer may come with it
-        body = without_key(client, response.http_response.text)
+        body = response.http_response.content.decode("utf-8", "replace")
+        body = without_key(client, body)
         reply = read_completion(body)
-        if reply is not None:
-            return reply
+        if reply is not None:  # the key may have been escaped in the body
+            return json.loads(without_key(client, json.dumps(reply, ensure_ascii=False)))
         empty += 1
         if empty == TRIES:
             return {"reply": "", "error": f"no answer in it: {body[:200]}"}
@@ -345,8 +346,11 @@ def finish_of(reason):
 
 
 def without_key(client, text):
-    """The text with the client's key made unreadable: endpoints quote it, in replies too."""
-    if client.api_key == NO_KEY:
+    """The text with the client's key made unreadable: endpoints quote it, in replies too.
+
+    A short key is no secret, such as EMPTY for a server of one's own, but a word of replies.
+    """
+    if client.api_key == NO_KEY or len(client.api_key) < 8:
         return text
     return text.replace(client.api_key, "***")
 
@@ -506,9 +510,13 @@ def read_replies(out, path):
             if file == path:
                 os.truncate(path, sum(map(len, lines)))
         for line in lines:
-            reply = json.loads(line)
+            try:
+                reply = json.loads(line)
+                key = reply["key"]
+            except (ValueError, TypeError, LookupError):  # damaged: the question is asked again
+                continue
             if "error" not in reply:
-                replies[reply["key"]] = reply
+                replies[key] = reply
     return replies
 
 

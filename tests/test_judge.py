@@ -11,12 +11,13 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 import torch
 from conftest import PLAIN, ROOT, build_model, run, torchrun
 
-from nanoaipo import chat, files, judges, stages
+from nanoaipo import chat, files, judges, questions, stages
 from nanoaipo.logprobs import first_token
 from nanoaipo.questions import ask, local_model, read_completion
 
@@ -950,6 +951,42 @@ def test_killed_itself_and_run_again_it_asks_only_what_is_missing(tmp_path):
     assert len(kept(tmp_path)) == 120
     assert len({reply["key"] for reply in kept(tmp_path)}) == 120
     assert sum(server.served.values()) <= 120 + 4
+
+
+def test_a_damaged_line_among_the_replies_is_none(tmp_path):
+    lines = [b'{"key": "a", "reply": "x"}', b"\0\0\0", b"[]", b'{"reply": "y"}', b'{"key": "b"}']
+    path = tmp_path / "p.replies"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+
+    replies = questions.read_replies(str(tmp_path / "p.jsonl"), str(path))
+
+    assert replies == {"a": {"key": "a", "reply": "x"}, "b": {"key": "b"}}
+
+
+def test_a_key_is_masked_in_replies_and_a_word_that_stands_for_none_is_not():
+    secret = types.SimpleNamespace(api_key=KEY)
+    placeholder = types.SimpleNamespace(api_key="EMPTY")
+
+    assert questions.without_key(secret, f"it was {KEY}.") == "it was ***."
+    assert questions.without_key(placeholder, "EMPTY of it") == "EMPTY of it"
+
+
+def quotes_the_key_in_escapes(server, handler, text):
+    """A reply that quotes the key as JSON may: in escapes."""
+    escaped = "".join(f"\\u{ord(letter):04x}" for letter in KEY)
+    points = len(re.findall(r"<response[^>]*>\n(.*?)\n</response", text, re.DOTALL)[0])
+    body = '{"choices": [{"message": {"content": "%s is my key.\\nScore: %d"}}]}'
+    handler.reply((body % (escaped, points)).encode())
+    return True
+
+
+def test_a_key_that_is_quoted_in_escapes_is_masked(tmp_path):
+    candidates(tmp_path / "c.jsonl")
+    done = rank(tmp_path, Judge(misbehave=quotes_the_key_in_escapes).url)
+
+    assert done.returncode == 0, done.stderr
+    assert all("*** is my key." in reply["reply"] for reply in kept(tmp_path))
+    assert KEY not in (tmp_path / "p.replies").read_text()
 
 
 @pytest.mark.parametrize(
