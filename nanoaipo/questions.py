@@ -87,7 +87,10 @@ def endpoint(url, concurrency):
     if not re.fullmatch(r"[!-~]+", key):
         raise InputError("OPENAI_API_KEY: has characters that no key has, such as a space in it")
     timeout = Timeout(120, connect=10)
-    client = OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=timeout)
+    try:
+        client = OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=timeout)
+    except Exception as e:  # the error is that of one of several packages that parse addresses
+        raise InputError(f"{url}: no address of an endpoint: {reason_of(e)}") from e
     unsupported = set()  # parameters that this model does not take; all threads add to it
     first_failure = threading.Lock()  # taken, for good, by the thread that prints it
 

@@ -993,6 +993,7 @@ def test_a_key_that_is_quoted_in_escapes_is_masked(tmp_path):
     "settings, message",
     [
         ({"url": "127.0.0.1:9/v1"}, "127.0.0.1:9/v1: an endpoint's address begins with http://"),
+        ({"url": "http://[::1"}, "http://[::1: no address of an endpoint: "),
         ({"url": "http://me:secret@127.0.0.1:9/v1"}, "--judge_url: holds a user or a key"),
         ({"reward_temperature": 0.0}, "--reward_temperature=0.0: at least"),
         ({"judge_mode": "triple"}, "--judge_mode=triple: there are score, pairwise"),
