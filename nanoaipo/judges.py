@@ -62,7 +62,7 @@ VERDICT = re.compile(
 
 # where no line says so, how judges mark a verdict: [RESULT] 4 (Prometheus), \boxed{4}, [[4]]
 MARKED = re.compile(
-    r"\[result\][\s:]*(?P<result>.*)"
+    r"\[result\][\s:]*(?P<result>(?:(?!\[result\]).)*)"
     r"|\\boxed\{(?:\\[a-z]+\{)?(?P<boxed>[^{}]*)\}"
     r"|\[\[(?P<brackets>[^\[\]]*)\]\]"
     r"|<(?P<tag>answer|score|rating|verdict|winner)>(?P<tagged>[^<]*)</(?P=tag)>",

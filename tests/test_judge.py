@@ -953,6 +953,14 @@ def test_killed_itself_and_run_again_it_asks_only_what_is_missing(tmp_path):
     assert sum(server.served.values()) <= 120 + 4
 
 
+def test_a_judge_that_repeats_a_mark_without_end_gives_no_vote():
+    loop = "[RESULT] " * 3000
+
+    assert judges.read_score(loop) is None
+    assert judges.read_verdict(loop) is None
+    assert judges.read_verdict("[RESULT] [[A]]") == 1.0
+
+
 def test_a_damaged_line_among_the_replies_is_none(tmp_path):
     lines = [b'{"key": "a", "reply": "x"}', b"\0\0\0", b"[]", b'{"reply": "y"}', b'{"key": "b"}']
     path = tmp_path / "p.replies"
