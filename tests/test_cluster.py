@@ -4,8 +4,10 @@ Each host has a name, an address and processes of its own, and is killed as a wh
 machine's file system. Where namespaces cannot be made (it takes root) these tests are skipped.
 """
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -183,10 +185,13 @@ except InputError as e:
 
 @pytest.fixture
 def port():
-    """A port of which the next one is free."""
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return s.getsockname()[1] - 1
+    """A free port whose next one is free, too; below 32768, so that no client gets it meanwhile."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as next_one:
+            one.bind(("", port))
+            next_one.bind(("", port + 1))
+            return port
 
 
 def start_node(rank, nodes, port, code):
@@ -307,8 +312,9 @@ sys.stdin.read()  # the first process keeps the store in which they agree
 """
 
 
-def start_opening(rank, folder, port, settings):
-    """Start a process that opens a stage in a folder, one of two on as many nodes."""
+@contextlib.contextmanager
+def opening(rank, folder, port, settings):
+    """A process that opens a stage in a folder, one of two on as many nodes."""
     env = {
         "RANK": str(rank),
         "WORLD_SIZE": "2",
@@ -317,7 +323,7 @@ def start_opening(rank, folder, port, settings):
         "MASTER_PORT": str(port),
         "PYTHONPATH": str(ROOT),
     }
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", OPEN, json.dumps(settings)],
         cwd=folder,
         env=ENV | env,
@@ -325,6 +331,11 @@ def start_opening(rank, folder, port, settings):
         stdout=subprocess.PIPE,
         text=True,
     )
+    try:
+        yield process
+    finally:  # without the first one the second waits for hours
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture
@@ -346,29 +357,21 @@ def views(tmp_path, monkeypatch):
 
 def test_a_node_that_sees_the_folder_late_decides_as_the_first_node(views, port):
     first, late, settings = views
-    both = [start_opening(k, views[k], port, settings) for k in (0, 1)]
-    time.sleep(1)
-    shutil.copy(first / "pairs.jsonl", late)
+    with opening(0, first, port, settings) as one, opening(1, late, port, settings) as other:
+        time.sleep(1)
+        shutil.copy(first / "pairs.jsonl", late)
 
-    # the model is not there at all
-    lines = [process.stdout.readline() for process in both]
-    for process in reversed(both):
-        process.communicate("")
-
-    assert lines[0] == "model: complete, nothing to do\n"
-    assert lines[1] == "model: complete, nothing to do\n"
+        # the model is not there at all
+        assert one.stdout.readline() == "model: complete, nothing to do\n"
+        assert other.stdout.readline() == "model: complete, nothing to do\n"
 
 
 def test_a_node_with_other_settings_is_refused(views, port):
     first, late, settings = views
     shutil.copy(first / "pairs.jsonl", late)
-    both = [
-        start_opening(0, first, port, settings),
-        start_opening(1, late, port, settings | {"beta": 0.2}),
-    ]
-
-    line = both[1].stdout.readline()
-    for process in reversed(both):
-        process.communicate("")
+    others = settings | {"beta": 0.2}
+    with opening(0, first, port, settings) as one, opening(1, late, port, others) as other:
+        assert one.stdout.readline() == "model: complete, nothing to do\n"
+        line = other.stdout.readline()
 
     assert line.startswith("model: on this node 'beta' is 0.2, on the first one 0.1: every node")
