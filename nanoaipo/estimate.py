@@ -1,4 +1,4 @@
-"""What a run needs, computed before it starts: parameters, tokens, memory, disk, the first loss.
+"""What a run needs, computed before it starts: parameters, tokens, memory and disk.
 
     bash iterate.sh config/x.py --preflight [--gpus=8x80] [--response_tokens=300] [--key=value ...]
 
@@ -29,6 +29,7 @@ from nanoaipo.prompts import read_prompts
 gpus = ""  # plan for these, not for this machine: NUMBERxGIB, such as 8x80
 response_tokens = 0.0  # mean length of a response in tokens; 0: half of max_new_tokens
 
+REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GIB = 2**30
 BYTES = {"bfloat16": 2, "float32": 4}  # of one number
 
@@ -274,18 +275,7 @@ def training_sizes(m, s, prompts):
     )
 
 
-def training_seconds(m, s, machine, training):
-    """Seconds of training in an iteration if all of it ran at the rate of matrix products."""
-    # Forward and backward: 6 FLOPs per parameter and token (2001.08361). LoRA has no gradients of
-    # the frozen weights, recomputation a second forward pass
-    per_parameter = 4 if s.lora_rank else 6
-    if s.recompute:
-        per_parameter += 2 / s.recompute
-    devices = 1 if machine.on_cpu else s.processes
-    return per_parameter * m.parameters * training.tokens / (machine.matmul_rate * devices)
-
-
-def disk_bytes(m, s, prompts, heldout, training):
+def disk_bytes(m, s, prompts, evaluations, training):
     """Bytes that a run writes: records, models, and checkpoints while a model trains."""
     token = 4 + len(f"{m.vocabulary}, ")  # of a token in a record: its text, about four, and its id
     response = s.response_tokens * token
@@ -300,8 +290,8 @@ def disk_bytes(m, s, prompts, heldout, training):
     total = s.iterations * iteration
 
     # Answers of every policy, the first one too
-    if heldout:
-        answers = heldout.number * (heldout.record_bytes + response + 150)
+    for asked in evaluations.values():
+        answers = asked.number * (asked.record_bytes + response + 150)
         total += (s.iterations + 1) * answers
 
     # A checkpoint has weights and two moments in float32; a new one is whole before an old one goes
@@ -311,57 +301,19 @@ def disk_bytes(m, s, prompts, heldout, training):
     return total
 
 
-def first_loss(s):
-    """The loss of step 1, as a text, for pairs with s_ref = 0 and equal lengths.
-
-    There the policy is the reference. train.py compares the loss of the real pairs.
-    """
-    import torch
-
-    import losses
-
-    def loss_at(nll, length):
-        logp = torch.tensor([-nll * length], dtype=torch.float64)
-        lengths = torch.tensor([length])
-        symbols = losses.margins(logp, logp, logp, logp, lengths, lengths)
-        return losses.pair_loss(s.loss, symbols, **vars(s)).item()
-
-    try:
-        constant, at_one, at_two = (loss_at(nll, 10.0) for nll in (0, 1, 2))
-        longer = loss_at(1, 20.0)
-    except ValueError as e:
-        if "column" in str(e):
-            return f"depends on the labels of the pairs ({s.loss})"
-        raise InputError(f"--loss={s.loss}: {e}") from e
-
-    # Can be foretold if it is a constant plus a multiple of nll, whatever the length
-    slope = at_one - constant
-    if not math.isclose(at_two - at_one, slope, abs_tol=1e-6) or longer != at_one:
-        return "depends on the pairs"
-    text = f"{constant:.4f}"
-    if slope != 0:
-        text += f" + {slope:g} x nll"
-    return text + ", for pairs with s_ref = 0 and equal lengths"
-
-
 # ---- the report ----
 
 
 def find_machine(s):
-    """What there is: on_cpu, gpus, memory (bytes, of each GPU or all), matmul_rate.
-
-    The rate, FLOP/s of matrix products in dtype, is measured, so GPUs that are not here have none.
-    """
+    """What there is: on_cpu, gpus, memory (bytes, of each GPU or all)."""
     if s.gpus:
         try:
-            number, gib, *_ = map(float, s.gpus.split("x"))  # 8x80x400, with TFLOP/s, is read too
+            number, gib = map(float, s.gpus.split("x"))
         except ValueError as e:
             raise InputError(f"--gpus={s.gpus}: write NUMBERxGIB, such as 8x80") from e
-        return SimpleNamespace(on_cpu=False, gpus=int(number), memory=gib * GIB, matmul_rate=None)
+        return SimpleNamespace(on_cpu=False, gpus=int(number), memory=gib * GIB)
 
     import torch
-
-    from nanoaipo.policy import matmul_rate
 
     device = pick_device()
     on_cpu = device.type == "cpu"
@@ -369,12 +321,8 @@ def find_machine(s):
         memory = s.nodes * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
         memory = torch.cuda.get_device_properties(device).total_memory
-    return SimpleNamespace(
-        on_cpu=on_cpu,
-        gpus=s.nodes * torch.cuda.device_count(),
-        memory=memory,
-        matmul_rate=matmul_rate(device, getattr(torch, s.dtype)),
-    )
+    gpus = s.nodes * torch.cuda.device_count()
+    return SimpleNamespace(on_cpu=on_cpu, gpus=gpus, memory=memory)
 
 
 def resolve(s):
@@ -393,7 +341,7 @@ def resolve(s):
 Stage = collections.namedtuple("Stage", "name runs processes tokens memory fix")
 
 
-def estimate_stages(m, s, machine, prompts, heldout, training):
+def estimate_stages(m, s, machine, prompts, evaluations, training):
     """The stages of a run that need a model, in order."""
     given = s.pairs or s.candidates
     fix = "raise --tensor_parallel" if s.engine == "vllm" else "lower --generate_rows"
@@ -408,8 +356,8 @@ def estimate_stages(m, s, machine, prompts, heldout, training):
     # Candidates in each iteration; answers of every policy, the first one too
     if not given and s.engine != "openai":
         add_sampling("generate", s.iterations, prompts, s.n_responses)
-    if heldout:
-        add_sampling("answers", s.iterations + 1, heldout, 1)
+    for name, asked in evaluations.items():
+        add_sampling(name, s.iterations + 1, asked, 1)
 
     # What more processes divide, as in train_memory: weights, two moments and gradients in float32,
     # and frozen weights
@@ -449,7 +397,7 @@ def gpu_refusals(m, s, machine):
 
 
 def read_sizes(s, assumed):
-    """(Sizes of an iteration's prompts, of the held-out prompts or None)."""
+    """(Sizes of an iteration's prompts, {stage: sizes of the prompts that evaluate a policy})."""
     given = s.pairs or s.candidates
     if given:
         prompts = prompt_sizes(given.split()[0], "prompt", 0, s, assumed)
@@ -459,10 +407,17 @@ def read_sizes(s, assumed):
         raise InputError("--prompts is not set: a file, or NAME:SPLIT of a data set")
     if s.new_instructions:
         prompts.number = s.new_instructions
-    heldout = None
+
+    evaluations = {}
     if s.eval_prompts:
         heldout = prompt_sizes(s.eval_prompts, s.eval_prompt_field, s.n_eval, s, assumed)
-    return prompts, heldout
+        evaluations["answers"] = heldout
+    if s.eval_prompts and s.eval_guard:
+        path = s.eval_guard
+        if not os.path.isfile(path):
+            path = os.path.join(REPOSITORY, path)  # as iterate.sh does
+        evaluations["guard"] = prompt_sizes(path, "", 0, s, assumed)
+    return prompts, evaluations
 
 
 def stage_line(stage, machine, baseline):
@@ -498,7 +453,7 @@ def report(s, machine, baseline):
         )
     s = resolve(s)
     m = model_sizes(s.model, s.dtype, s.lora_rank)
-    prompts, heldout = read_sizes(s, assumed)
+    prompts, evaluations = read_sizes(s, assumed)
     training = training_sizes(m, s, prompts)
     if m.padded:
         assumed.append(
@@ -514,7 +469,7 @@ def report(s, machine, baseline):
     ]
     refusals = []
 
-    for stage in estimate_stages(m, s, machine, prompts, heldout, training):
+    for stage in estimate_stages(m, s, machine, prompts, evaluations, training):
         line, refusal = stage_line(stage, machine, baseline)
         lines.append(line)
         if refusal:
@@ -527,7 +482,7 @@ def report(s, machine, baseline):
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     free = shutil.disk_usage(folder).free
-    disk = disk_bytes(m, s, prompts, heldout, training)
+    disk = disk_bytes(m, s, prompts, evaluations, training)
     lines += ["", f"disk: {disk / GIB:.3f} GiB, {free / GIB:.1f} are free"]
     if disk > free:
         refusals.append(
@@ -535,13 +490,6 @@ def report(s, machine, baseline):
             "fewer --iterations, or another --out"
         )
 
-    lines.append(f"first loss: {first_loss(s)}")
-    if machine.matmul_rate:
-        hours = training_seconds(m, s, machine, training) / 3600
-        lines.append(
-            f"training time: {hours:.2f} h an iteration, if all of it ran at the "
-            f"{machine.matmul_rate / 1e12:.2f} TFLOP/s of matrix products (measured, {s.dtype})"
-        )
     lines += ["", "assumed:"]
     lines += [f"  {assumption}" for assumption in assumed]
     return lines, refusals

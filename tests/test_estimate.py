@@ -4,9 +4,7 @@ What it says of a whole run is compared with the run in test_loop.py.
 """
 
 import json
-import math
 import os
-import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,12 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import PLAIN, ROOT, build_model, run
-from transformers import AutoModelForCausalLM
 
-import losses
 from configurator import SCRIPTS, declared
 from nanoaipo import estimate
-from nanoaipo.errors import InputError
 
 GIB = 2**30
 
@@ -198,59 +193,6 @@ def test_recomputing_every_other_layer_lies_between_all_and_none(tmp_path):
     assert 0.4 < share < 0.7
 
 
-def test_the_first_loss_is_what_train_prints(tiny_model, tmp_path):
-    # Two responses that are equally likely: tokens 14 and 15 have one row in the head
-    lm = AutoModelForCausalLM.from_pretrained(tiny_model)
-    with torch.no_grad():
-        head = lm.get_output_embeddings().weight  # (V, D)
-        head[15] = head[14]
-    model = shutil.copytree(tiny_model, tmp_path / "model")
-    lm.save_pretrained(model)
-
-    # So s_ref = 0, and lengths are equal
-    pair = {
-        "prompt": "p",
-        "chosen": "c",
-        "rejected": "r",
-        "prompt_ids": [9, 10, 11],
-        "chosen_ids": [12, 13, 14],
-        "rejected_ids": [12, 13, 15],
-    }
-    (tmp_path / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 4)
-    simpo = f"{math.log(1 + math.exp(0.5)):.4f}"
-
-    for loss, text, slope in (("aipo", "0.6931 + 0.2 x nll", 0.2), ("simpo", simpo, 0)):
-        expected = text + ", for pairs with s_ref = 0 and equal lengths"
-        assert estimate.first_loss(settings(loss=loss)) == expected
-
-        done = run(
-            "train.py",
-            model=model,
-            pairs=tmp_path / "pairs.jsonl",
-            out=tmp_path / loss,
-            loss=loss,
-            dtype="float32",
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        first = json.loads((tmp_path / loss / "metrics.jsonl").read_text().splitlines()[0])
-        constant = float(text.split()[0])
-        assert first["loss"] == pytest.approx(constant + slope * first["nll"], abs=1e-4)
-
-
-def test_every_objective_has_a_first_loss_or_says_what_it_hangs_on():
-    texts = {name: estimate.first_loss(settings(loss=name)) for name in losses.OBJECTIVES}
-
-    on_labels = {n for n, text in texts.items() if text.startswith("depends on the labels")}
-    assert on_labels == {"irepo", "sppo", "rebel"}
-    on_pairs = {n for n, text in texts.items() if text == "depends on the pairs"}
-    assert on_pairs == {"rpo", "slic"}
-    assert texts["hinge"].startswith("1.0000,")
-    assert texts["irpo"].startswith("0.6931 + 0.2 x nll")
-    assert texts["orpo"].startswith("0.1386 + 1 x nll")
-    with pytest.raises(InputError, match="--loss=dp: loss 'dp' is unknown"):
-        estimate.first_loss(settings(loss="dp"))
-
-
 # ---- GPUs that are not here ----
 
 
@@ -298,7 +240,6 @@ def test_a_70b_model_is_planned_on_gpus_that_are_not_here(refusals_of_70b):
         "there are 80.0; weights, gradients and moments alone are 131.4: more --processes" in train
     )
     assert refusals_of_70b(lora_rank=16) == []
-    assert refusals_of_70b(gpus="8x192x1000") == []  # TFLOP/s may stand behind, and are not read
 
     [engine] = refusals_of_70b(engines=8, tensor_parallel=1, lora_rank=16)
     assert engine.startswith("generate: beside weights of 131.4 GiB")
@@ -366,11 +307,9 @@ def test_it_prints_the_plan_and_writes_nothing(folder):
 
     assert code == 0, text
     assert "0.04M parameters" in text
-    assert "first loss: 0.6931, " in text
     assert "a response has 16 tokens (half of max_new_tokens" in text
-    for stage in ("generate", "train", "answers"):
+    for stage in ("generate", "train", "answers", "guard"):
         assert f"\n{stage} " in text
-    assert "\ntraining time: " in text
     assert sorted(folder.rglob("*")) == before
 
 
@@ -414,7 +353,7 @@ def test_where_rows_are_padded_every_response_has_a_prompt_of_its_own(tmp_path, 
 
 
 def test_it_refuses_what_does_not_fit(folder):
-    code, text = preflight(folder, "--preflight", "--gpus=8x1x100")
+    code, text = preflight(folder, "--preflight", "--gpus=8x1")
 
     assert code == 1
     refusal = "generate: needs 1.5 GiB in each of 1 processes, there are 1.0; lower --generate_rows"
