@@ -15,7 +15,7 @@ BIN := .venv/bin
 # whatever the shell says, or every start would compile them again.
 PIP := $(BIN)/python -m pip install -q --no-compile
 export PYTHONDONTWRITEBYTECODE =
-LONGEST := $(patsubst %,tests/test_%.py,cluster train loop generate)
+LONGEST := $(patsubst %,tests/test_%.py,train cluster docs loop recipes)
 
 demo: .venv/ready
 	@PATH=$(CURDIR)/$(BIN):$$PATH VIRTUAL_ENV=$(CURDIR)/.venv bash tiny/demo.sh
