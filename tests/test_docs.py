@@ -21,10 +21,9 @@ TOUR = ROOT / "docs" / "tour.md"
 README = ROOT / "README.md"
 
 # In the order in which a reader opens them: later commands read what earlier ones wrote.
-PAGES = [
-    README,
-    *(ROOT / "docs" / f"{p}.md" for p in ("generation", "ranking", "training", "evaluation")),
-]
+PAGES = [README]
+for name in ("generation", "ranking", "judges", "training", "evaluation"):
+    PAGES.append(ROOT / "docs" / f"{name}.md")
 
 # Runs blocks [kind, code] in order, Python in one session; prints what each printed, as JSON.
 SESSION = """
