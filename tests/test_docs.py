@@ -65,7 +65,7 @@ def run_tour(folder):
 
     Behind a block of code stands what it prints: ```text, or ```sample where samples may differ.
     """
-    before_the_exercises = TOUR.read_text(encoding="utf-8").partition("# Five exercises")[0]
+    before_the_exercises = TOUR.read_text(encoding="utf-8").partition("## Five exercises")[0]
     blocks = blocks_of(before_the_exercises)
     code = [block for block in blocks if block[0] in ("python", "bash")]
     assert {kind for kind, _ in blocks} == {"python", "bash", "text", "sample"}
@@ -128,7 +128,7 @@ def test_the_tour_prints_what_it_shows(folder):
 
 # ---- the exercises of the tour ----
 
-EXERCISES = re.split(r"^## Exercise ", TOUR.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+EXERCISES = re.split(r"^### Exercise ", TOUR.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
 NAMES = [re.sub(r"\W+", "-", text.partition("\n")[0]) for text in EXERCISES]
 
 
