@@ -30,7 +30,7 @@ from nanoaipo.engines import context_length, load_engine
 from nanoaipo.errors import InputError
 from nanoaipo.instruct import compile_unfit, write_instructions
 from nanoaipo.messages import Dropped, UnusableRow, template_columns, texts_in
-from nanoaipo.processes import RANK, WORLD_SIZE, print0
+from nanoaipo.processes import RANK, WORLD_SIZE
 from nanoaipo.prompts import read_prompts
 from nanoaipo.responses import ask_for_responses, count_and_print, response_record
 from nanoaipo.seeds import derive_seed
@@ -76,59 +76,73 @@ config = configure(globals())
 # ---- prompts ----
 
 
-def read_pool(tokenizer, room, arguments):
-    """The prompts that fit, with their prompt_ids, and counts of the dropped (`prompts` still 0).
+def read_pool(prepare, *arguments):
+    """(Prompts that can be asked, the messages.Dropped of all others).
 
-    room: tokens that the model's context leaves for a prompt; max_prompt_tokens is a limit too.
-    arguments: of the chat template. A row that holds no prompt, or one that the template refuses,
-    is dropped, and counted by reason. Raises InputError when no prompt is left.
+    prepare(where, row, *arguments) makes a row ready, or raises UnusableRow. Raises InputError when
+    no prompt is left.
     """
-    counts = {"prompts": 0, "control_text": 0, "too_long": 0, "too_short": 0}
-    control = control_pattern(tokenizer)
-    max_tokens = min(max_prompt_tokens, room)
     pool = []
     dropped = Dropped()
     for row in read_prompts(prompts, prompt_field, dropped):
-        where = f"{prompts}: prompt '{row['id']}'"
         try:
-            own = row_arguments(tokenizer, where, row, arguments)
-            # a template would turn such text into the control token itself
-            texts = texts_in([row["prompt"], template_columns(where, row)])
-            if any(map(control.search, texts)):
-                counts["control_text"] += 1
-                continue
-            row["prompt_ids"] = render(tokenizer, row["prompt"], where, arguments=own)
+            prepare(f"{prompts}: prompt '{row['id']}'", row, *arguments)
         except UnusableRow as e:
             dropped.add(e.reason, e)
             continue
-        if len(row["prompt_ids"]) > max_tokens:
-            counts["too_long"] += 1
-            continue
-
-        if min_prompt_tokens:
-            instruction = row["prompt"][-1]["content"]
-            if len(token_ids(tokenizer, instruction)) < min_prompt_tokens:
-                counts["too_short"] += 1
-                continue
-
         pool.append(row)
 
-    if not pool:
-        unusable = ""
-        if dropped.counts:
-            unusable = f", {dropped.reasons()}"
-        raise InputError(
-            f"{prompts}: no prompt is left ({counts['control_text']} with control text, "
-            f"{counts['too_long']} above max_prompt_tokens and what max_new_tokens leaves, "
-            f"{max_tokens}, {counts['too_short']} below min_prompt_tokens"
-            f"{unusable})"
+    dropped.check_left(prompts, pool)
+    dropped.print(prompts)
+    return pool, dropped
+
+
+def add_prompt_ids(where, row, tokenizer, control, room, arguments):
+    """Render a row's prompt to its prompt_ids; raises UnusableRow if it does not fit or render.
+
+    control: a pattern that finds the text of a control token. room: tokens that the model's context
+    leaves for a prompt; max_prompt_tokens is a limit too. arguments: of the chat template.
+    """
+    own = row_arguments(tokenizer, where, row, arguments)
+
+    # a template would turn such text into the control token itself
+    for text in texts_in([row["prompt"], template_columns(where, row)]):
+        found = control.search(text)
+        if found:
+            raise UnusableRow("control_text", f"{where}: holds the control token {found[0]}")
+
+    row["prompt_ids"] = render(tokenizer, row["prompt"], where, arguments=own)
+    n_tokens = len(row["prompt_ids"])
+    max_tokens = min(max_prompt_tokens, room)
+    if n_tokens > max_tokens:
+        raise UnusableRow(
+            "too_long",
+            f"{where}: {n_tokens} tokens; max_prompt_tokens and max_new_tokens leave {max_tokens}",
         )
-    if dropped.counts:
-        print0(f"{prompts}: {dropped}")
-    counts.update(dropped.counts)
-    if RANK > 0:  # every process reads all prompts; the first counts for all
-        counts = dict.fromkeys(counts, 0)
-    return pool, counts
+
+    # too short an instruction asks for nothing
+    if min_prompt_tokens:
+        n_tokens = len(token_ids(tokenizer, row["prompt"][-1]["content"]))
+        if n_tokens < min_prompt_tokens:
+            raise UnusableRow("too_short", f"{where}: {n_tokens} tokens, too few")
+
+
+def check_needs_no_template(where, row):
+    """Raise UnusableRow for a row with tools or other arguments of a chat template."""
+    if template_columns(where, row):
+        raise UnusableRow(
+            "for_template",
+            f"{where}: tools and chat_template_kwargs are for the chat template, "
+            "which --engine=openai leaves to the server",
+        )
+
+
+def count_prompts(rows, dropped):
+    """Counts of the manifest: the prompts of this process, and those that were dropped of all."""
+    counts = {"prompts": len(rows), "control_text": 0, "too_long": 0, "too_short": 0}
+    if RANK == 0:  # every process reads all prompts; the first counts for all
+        counts.update(dropped.counts)
+    return counts
 
 
 def take_share(pool):
@@ -192,49 +206,25 @@ def candidates(manifest):
     tokenizer, eos_ids = load_tokenizer(model)
     limit = context_length(model)
     arguments = template_arguments(template_kwargs, date)
-    pool, counts = read_pool(tokenizer, limit - max_new_tokens, arguments)
+    control = control_pattern(tokenizer)
+    room = limit - max_new_tokens
+    pool, dropped = read_pool(add_prompt_ids, tokenizer, control, room, arguments)
     rows = take_share(pool)
-    counts["prompts"] = len(rows)
 
     sample = None
     if rows:  # there may be more processes than prompts
         sample = start_engine(eos_ids, min(max_prompt_tokens + max_new_tokens, limit))
     respond = functools.partial(sample_block, sample=sample, tokenizer=tokenizer)
-    count = functools.partial(count_and_print, out, counts)
+    count = functools.partial(count_and_print, out, count_prompts(rows, dropped))
     write_blocks(out, manifest, rows, block, respond, count)
 
 
-def check_needs_no_template(where, row):
-    """Raise UnusableRow for a row with tools or other arguments of a chat template."""
-    if template_columns(where, row):
-        raise UnusableRow(
-            "for_template",
-            f"{where}: tools and chat_template_kwargs are for the chat template, "
-            "which --engine=openai leaves to the server",
-        )
-
-
 def candidates_from_endpoint(manifest):
-    """n_responses to each prompt, as text. None is too long here: the server knows its limits.
-
-    A row that holds no prompt is dropped and counted, and so is one with arguments of a template.
-    """
-    dropped = Dropped()
-    pool = []
-    for row in read_prompts(prompts, prompt_field, dropped):
-        where = f"{prompts}: prompt '{row['id']}'"
-        try:
-            check_needs_no_template(where, row)
-        except UnusableRow as e:
-            dropped.add(e.reason, e)
-            continue
-        row.pop("prompt_ids", None)  # they would be another model's
-        pool.append(row)
-    if not pool:
-        raise InputError(f"{prompts}: no prompt is left ({dropped.reasons()})")
-    if dropped.counts:
-        print0(f"{prompts}: {dropped}")
+    """n_responses to each prompt, as text. None is too long here: the server knows its limits."""
+    pool, dropped = read_pool(check_needs_no_template)
     rows = take_share(pool)
+    for row in rows:
+        row.pop("prompt_ids", None)  # they would be another model's
 
     respond = functools.partial(
         ask_for_responses,
@@ -246,10 +236,7 @@ def candidates_from_endpoint(manifest):
         top_p=top_p,
         max_new_tokens=max_new_tokens,
     )
-    counts = {"prompts": len(rows), "control_text": 0, "too_long": 0, "too_short": 0}
-    if RANK == 0:  # every process reads all prompts; the first counts for all
-        counts.update(dropped.counts)
-    count = functools.partial(count_and_print, out, counts)
+    count = functools.partial(count_and_print, out, count_prompts(rows, dropped))
     write_blocks(out, manifest, rows, block, respond, count)
 
 
@@ -258,7 +245,8 @@ def instructions(manifest):
     unfit = compile_unfit(instruction_unfit)
     tokenizer, eos_ids = load_tokenizer(model)
     arguments = template_arguments(template_kwargs, date)
-    pool, _ = read_pool(tokenizer, max_prompt_tokens, arguments)
+    control = control_pattern(tokenizer)
+    pool, _ = read_pool(add_prompt_ids, tokenizer, control, max_prompt_tokens, arguments)
     write_instructions(
         pool,
         out,

@@ -268,15 +268,13 @@ def main():
         for instruction, _ in drawn:
             counts[next(iter(instruction))] += 1
 
-    if not rows:
-        raise InputError(f"{prompts}: no prompt can take an instruction ({dropped.reasons()})")
+    dropped.check_left(prompts, rows)
     manifest["counts"] = {"prompts": len(rows)} | counts
     with open_output(out, manifest) as write:
         for row in rows:
             write(row)
 
-    if dropped.counts:
-        print(f"{prompts}: {dropped}")
+    dropped.print(prompts)
     if n_replaced:
         print(f"{n_replaced} prompts had an 'answer', which their instructions replace")
     numbers = ", ".join(f"{n} {name}" for name, n in counts.items() if n)

@@ -18,6 +18,7 @@ import re
 
 from nanoaipo.errors import InputError
 from nanoaipo.files import SURROGATE, holds_surrogate, load_json
+from nanoaipo.processes import print0
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 ROLES = (  # that templates know
@@ -73,6 +74,16 @@ class Dropped:
         return ", ".join(
             f"{n} {reason} ({self.first[reason]})" for reason, n in self.counts.items()
         )
+
+    def check_left(self, path, rows, what="prompt"):
+        """Raise InputError, which names the reasons, where no row of a file is left."""
+        if not rows:
+            raise InputError(f"{path}: no {what} is left ({self.reasons() or 'no rows'})")
+
+    def print(self, path):
+        """Print what was dropped of a file, if anything was; the first process does."""
+        if self.counts:
+            print0(f"{path}: {self}")
 
     def __str__(self):
         n = self.counts.total()

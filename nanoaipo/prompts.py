@@ -6,7 +6,7 @@ import math
 
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
-from nanoaipo.messages import UnusableRow, as_messages, found_field
+from nanoaipo.messages import Dropped, UnusableRow, as_messages, found_field
 from nanoaipo.rows import (
     CHOSEN_FIELDS,
     PROMPT_FIELDS,
@@ -60,10 +60,8 @@ def read_prompts(path, field="", dropped=None):
         row["prompt"] = messages
         prompts.append(row)
 
-    if not prompts and dropped and dropped.counts:
-        raise InputError(f"{path}: no prompts in it ({dropped.reasons()})")
-    if not prompts:
-        raise InputError(f"{path}: no prompts in it")
+    dropped = dropped or Dropped()  # without one, nothing was dropped
+    dropped.check_left(path, prompts)
     return prompts
 
 

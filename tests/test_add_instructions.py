@@ -204,7 +204,7 @@ def test_any_layout_of_prompts_gets_them_and_keeps_its_other_columns(tmp_path):
         ({"most": 0}, "--most=0: at least 1"),
         (
             {"unasked": all_but("uppercase")},
-            "no prompt can take an instruction (1 no_room (prompt '0'",
+            "no prompt is left (1 no_room (prompt '0'",
         ),
     ],
 )

@@ -111,6 +111,7 @@ def test_short_instructions_are_dropped_and_counted(world, tmp_path):
     assert done.returncode == 0
     assert len(read_rows(tmp_path / "c.jsonl")) == 1
     assert read_counts(tmp_path, "c")["too_short"] == 1
+    assert "1 row dropped: 1 too_short (" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_short_instructions_are_dropped_and_counted(world, tmp_path):
         (
             "candidates",
             "max_new_tokens=4096",
-            "4096 above max_prompt_tokens and what max_new_tokens leaves, -",
+            "tokens; max_prompt_tokens and max_new_tokens leave -",
         ),
     ],
 )

@@ -397,14 +397,14 @@ def test_greedy_answers_do_not_depend_on_the_batch(world, tmp_path):
 @pytest.mark.parametrize(
     "content, arguments, message",
     [
-        ("", (), "no prompts in it"),
+        ("", (), "p.jsonl: no prompt is left (no rows)"),
         ('{"prompt": "a"}\n{"prompt": \n', (), "p.jsonl:2: not JSON"),
         ('{"text": "a"}', (), "p.jsonl:1: 'prompt' has to be"),
-        ('{"prompt": "a <|end|>"}', (), "1 with control text"),
+        ('{"prompt": "a <|end|>"}', (), "1 control_text ("),
         (
             '{"prompt": "a b c d e f g h"}',
             ("--max_prompt_tokens=5",),
-            "1 above max_prompt_tokens",
+            "max_prompt_tokens and max_new_tokens leave 5",
         ),
         ('{"prompt": "a"}', ("--model=nowhere",), "--model=nowhere: no model folder"),
         ('{"prompt": "a"}', ("--engine=vlm",), "--engine=vlm: there are vllm"),

@@ -82,7 +82,7 @@ def test_an_instruction_is_asked_with_its_input(tmp_path):
         ([{"turns": ["x", 3]}], ":1: 'turns' has to be"),
         ([{"prompt": "x", "id": 1}, {"prompt": "y", "id": 1}], ":2: id '1' is already"),
         ([{"prompt": [{"role": "assistant", "content": "x"}]}], ":1: 'prompt' holds no prompt"),
-        ([], "no prompts in it"),
+        ([], r"no prompt is left \(no rows\)"),
     ],
 )
 def test_what_is_no_prompt_is_refused(rows, message, tmp_path):
@@ -125,7 +125,7 @@ def test_rows_without_a_prompt_are_dropped_and_counted_for_who_asks(tmp_path):
     assert "p.jsonl:3: 'prompt': message 1 holds an image" in str(dropped)
     with pytest.raises(InputError, match=r"p.jsonl:1: .* the columns are text; wanted is one of"):
         read_prompts(path)
-    with pytest.raises(InputError, match=r"none.jsonl: no prompts in it \(1 no_prompt .*are text;"):
+    with pytest.raises(InputError, match=r"none.jsonl: no prompt is left \(1 no_prompt .*are text"):
         read_prompts(none, dropped=Dropped())
 
 

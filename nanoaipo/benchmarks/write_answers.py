@@ -10,7 +10,7 @@ from nanoaipo.chat import control_pattern, render, row_arguments
 from nanoaipo.engines import context_length
 from nanoaipo.errors import InputError
 from nanoaipo.messages import Dropped, UnusableRow
-from nanoaipo.processes import RANK, WORLD_SIZE, print0
+from nanoaipo.processes import RANK, WORLD_SIZE
 from nanoaipo.prompts import read_prompts
 from nanoaipo.responses import count_and_print, response_record
 from nanoaipo.seeds import derive_seed
@@ -64,10 +64,8 @@ def write_answers(
     rows, longest = render_and_measure(
         rows, tokenizer, limit, prompts, max_new_tokens, dropped, arguments
     )
-    if not rows:
-        raise InputError(f"{prompts}: no prompt is left ({dropped.reasons()})")
-    if dropped.counts:
-        print0(f"{prompts}: {dropped}")
+    dropped.check_left(prompts, rows)
+    dropped.print(prompts)
     rows = rows[RANK::WORLD_SIZE]
     sample = None
     if rows:  # there may be more processes than questions
