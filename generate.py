@@ -14,6 +14,7 @@ in the manifest. A killed stage goes on behind its last whole block when it is r
 import functools
 import os
 import random
+from types import SimpleNamespace
 
 from configurator import configure, run_script
 from nanoaipo.benchmarks.official_files import write_official_files
@@ -242,31 +243,12 @@ def candidates_from_endpoint(manifest):
 
 def instructions(manifest):
     """n_prompts new prompts, written by the policy after the pool's."""
-    unfit = compile_unfit(instruction_unfit)
     tokenizer, eos_ids = load_tokenizer(model)
-    arguments = template_arguments(template_kwargs, date)
     control = control_pattern(tokenizer)
+    arguments = template_arguments(template_kwargs, date)
     pool, _ = read_pool(add_prompt_ids, tokenizer, control, max_prompt_tokens, arguments)
-    write_instructions(
-        pool,
-        out,
-        manifest,
-        tokenizer,
-        functools.partial(start_engine, eos_ids),
-        model=model,
-        prompts=prompts,
-        n_prompts=n_prompts,
-        iteration=iteration,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
-        max_prompt_tokens=max_prompt_tokens,
-        min_prompt_tokens=min_prompt_tokens,
-        temperature=instruction_temperature,
-        n_examples=instruction_examples,
-        unfit=unfit,
-        similarity=instruction_similarity,
-        arguments=arguments,
-    )
+    start = functools.partial(start_engine, eos_ids)
+    write_instructions(pool, manifest, tokenizer, start, SimpleNamespace(**config))
 
 
 def answers(manifest):
@@ -299,17 +281,22 @@ def check_settings():
     """Raise InputError for settings that make no sense, before anything is read."""
     if task not in TASKS:
         raise InputError(f"--task={task}: there are {', '.join(TASKS)}")
-    if n_prompts < 0:
-        raise InputError(f"--n_prompts={n_prompts}: has to be 0 at least")
     for key in ("n_responses", "max_new_tokens", "block", "generate_rows", "instruction_examples"):
         if config[key] < 1:
             raise InputError(f"--{key}={config[key]}: has to be 1 at least")
     template_arguments(template_kwargs, date)
+
+    # of new instructions
+    if task == "instructions" and not n_prompts:
+        raise InputError("--n_prompts is not set: how many instructions to write")
+    if task == "instructions":
+        compile_unfit(instruction_unfit)
     if not 0 <= instruction_similarity <= 1:
         raise InputError(
             f"--instruction_similarity={instruction_similarity}: has to be between 0 and 1"
         )
 
+    # of an endpoint
     if engine == "openai" and (task != "candidates" or not engine_url):
         raise InputError("--engine=openai: writes candidates, wants --engine_url")
     if engine == "openai" and template_kwargs:

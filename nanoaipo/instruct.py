@@ -7,14 +7,13 @@ those of the processes of lower rank. A killed stage begins anew, with the same 
 """
 
 import collections
-import functools
 import itertools
 import os
 import random
 import re
 import time
 
-from nanoaipo.chat import control_pattern, render, token_ids
+from nanoaipo.chat import control_pattern, render, template_arguments, token_ids
 from nanoaipo.engines import context_length
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records, shard_path
@@ -31,9 +30,9 @@ MIN_CALLS = 128  # in a later round (AIPO)
 MAX_CALLS = 4096  # in a round
 MAX_REPLY_TOKENS = 1024  # AIPO
 MIN_TOKENS = 4  # of an instruction
-PATIENCE = 10  # calls for each instruction wanted (of at least MIN_CALLS), then it is an error
+CALLS_PER_INSTRUCTION = 10  # at most, as if MIN_CALLS were wanted at least; then it is an error
 
-# of the manifest: prompts to show, calls, and replies dropped by the rules of why_unfit
+# of the manifest: prompts to show, calls, and replies dropped by the first of Rules that they break
 COUNTS = (
     "prompts",
     "control_text",
@@ -53,85 +52,31 @@ ANSWER = re.compile(
 )
 
 
-def write_instructions(
-    pool,
-    out,
-    manifest,
-    tokenizer,
-    start_engine,
-    *,
-    model,
-    prompts,
-    n_prompts,
-    iteration,
-    seed,
-    max_new_tokens,
-    max_prompt_tokens,
-    min_prompt_tokens,
-    temperature,
-    n_examples,
-    unfit,
-    similarity,
-    arguments=None,
-):
+def write_instructions(pool, manifest, tokenizer, start_engine, s):
     """Write this process's share of n_prompts new instructions to `out`, as a file of prompts.
 
-    pool: prompt records to show; start_engine(max_tokens): an engine's `sample`; unfit: a compiled
-    pattern of what is dropped; max_...: tokens; arguments: of the chat template. Raises InputError
-    when the pool is too small, or when PATIENCE runs out.
+    pool: prompt records to show; start_engine(max_tokens): an engine's `sample`; s: the settings of
+    generate.py. Raises InputError when the pool is too small, or when no call is left.
     """
-    if not n_prompts:
-        raise InputError("--n_prompts is not set: how many instructions to write")
     examples = example_texts(pool)
-    if len(examples) < n_examples:
+    if len(examples) < s.instruction_examples:
         raise InputError(
-            f"{prompts}: {len(examples)} prompts that fit; a call shows {n_examples} of them"
+            f"{s.prompts}: {len(examples)} prompts that fit; "
+            f"a call shows {s.instruction_examples} of them"
         )
-    wanted = len(range(RANK, n_prompts, WORLD_SIZE))
+
+    # this process's share
+    wanted = len(range(RANK, s.n_prompts, WORLD_SIZE))
     counts = dict.fromkeys(COUNTS, 0)
     counts["prompts"] = len(pool)
 
-    # a call has room for the list of examples and for the reply
-    limit = context_length(model)
-    reply_tokens = min(MAX_REPLY_TOKENS, max_new_tokens)
-    list_tokens = min((n_examples + 1) * max_prompt_tokens, limit - reply_tokens)
-    sample = None
+    instructions = []
     if wanted:  # there may be more processes than instructions
-        sample = start_engine(list_tokens + reply_tokens)
+        writer = Writer(tokenizer, examples, start_engine, s)
+        rules = Rules(tokenizer, examples, s)
+        instructions = collect(wanted, writer, rules, counts, s.out, manifest)
 
-    def call_policy(n_calls, n_round):
-        """Yield (text, finished) of the instructions of one round."""
-        seeds = (seed, iteration, RANK, n_round)
-        replies = sample(
-            list_requests(tokenizer, examples, n_examples, n_calls, list_tokens, seeds),
-            n_responses=1,
-            temperature=temperature,
-            top_k=50,
-            top_p=0.9,
-            max_new_tokens=reply_tokens,
-            stop=("\n\n", next_number(n_examples)),
-        )
-        for responses in replies:
-            ids, finished, _ = responses[0]
-            reply = tokenizer.decode(ids, skip_special_tokens=True)
-            yield instruction_of(reply, n_examples), finished
-
-    # an instruction is a prompt of the next stage, which needs room for max_new_tokens behind it
-    seen = NearDuplicateFinder(similarity, examples)
-    reason_to_drop = functools.partial(
-        why_unfit,
-        tokenizer=tokenizer,
-        model=model,
-        unfit=unfit,
-        control=control_pattern(tokenizer),
-        min_tokens=max(MIN_TOKENS, min_prompt_tokens),
-        max_tokens=min(max_prompt_tokens, limit - max_new_tokens),
-        seen=seen,
-        arguments=arguments,
-    )
-
-    instructions = collect(wanted, call_policy, reason_to_drop, seen, counts, out, manifest)
-
+    # fewer than wanted are an error, and nothing is written
     summary = ", ".join(f"{n} {name}" for name, n in counts.items() if n)
     if len(instructions) < wanted:
         raise InputError(
@@ -140,46 +85,48 @@ def write_instructions(
             "raise --instruction_temperature, or draw prompts from the pool (--new_instructions=0 "
             "in the loop)"
         )
+
     manifest["counts"] = counts
-    with open_output(out, manifest) as write:
+    with open_output(s.out, manifest) as write:
         for k, text in enumerate(instructions):
             prompt = [{"role": "user", "content": text}]
-            write({"id": f"new-{iteration}-{RANK}-{k}", "prompt": prompt})
-    print(f"{len(instructions)} new instructions; {summary} -> {shard_path(out)}")
+            write({"id": f"new-{s.iteration}-{RANK}-{k}", "prompt": prompt})
+    print(f"{len(instructions)} new instructions; {summary} -> {shard_path(s.out)}")
 
 
-def collect(wanted, call_policy, reason_to_drop, seen, counts, out, manifest):
-    """The `wanted` instructions of this process, or fewer when PATIENCE runs out.
+def collect(wanted, writer, rules, counts, out, manifest):
+    """The `wanted` instructions of this process, or fewer when no call is left.
 
-    call_policy(n_calls, n_round) yields (text, finished); reason_to_drop(text, finished) returns a
-    key of counts or None; seen: the texts that a new one must differ from. Counts every call.
+    counts: of calls, and of what the rules drop. out, manifest: of this stage, which the processes
+    of lower rank write too.
     """
     instructions = []
     met_lower_ranks = RANK == 0
+    max_calls = CALLS_PER_INSTRUCTION * max(wanted, MIN_CALLS)
     for n_round in itertools.count():
         # those of lower ranks have precedence: drop ours that are near to theirs, then go on
         if len(instructions) == wanted and not met_lower_ranks:
             theirs = wait_for_lower_ranks(out, manifest)
-            instructions = drop_near(instructions, theirs, seen.similarity)
+            instructions = drop_near(instructions, theirs, rules.seen.similarity)
             counts["known"] += wanted - len(instructions)
             for text in theirs:
-                seen.add(text)
+                rules.seen.add(text)
             met_lower_ranks = True
 
         missing = wanted - len(instructions)
-        if missing == 0 or counts["calls"] >= PATIENCE * max(wanted, MIN_CALLS):
+        if missing == 0 or counts["calls"] >= max_calls:
             return instructions
 
         # one round, of a quarter more calls than are missing; the first ones are shorter
         n_calls = max(MIN_CALLS, min(MAX_CALLS, 5 * missing // 4))
         n_calls = min(n_calls, FIRST_CALLS * 2**n_round)
-        for text, finished in call_policy(n_calls, n_round):
+        for text, finished in writer.write(n_calls, n_round):
             counts["calls"] += 1
-            reason = reason_to_drop(text, finished)
+            reason = rules.why_unfit(text, finished)
             if reason:
                 counts[reason] += 1
             elif len(instructions) < wanted:
-                seen.add(text)
+                rules.seen.add(text)
                 instructions.append(text)
         print(
             f"round {n_round + 1}: {len(instructions)} of {wanted} instructions "
@@ -206,30 +153,63 @@ def example_texts(pool):
     return list(dict.fromkeys(texts))
 
 
-def list_requests(tokenizer, examples, n_examples, n_calls, list_tokens, seeds):
-    """Requests (ids, seed) of a round, each with a new draw of examples; too long ones left out.
+class Writer:
+    """The policy, which is shown examples as a numbered list and writes the next item."""
 
-    seeds: what the round's seeds are made of. Raises InputError when no request is left.
-    """
-    rng = random.Random(derive_seed(*seeds))
-    requests = []
-    for call in range(n_calls):
-        # heading, n_examples items, and the number of the item that the policy is to write
-        text = HEADING
-        for k, example in enumerate(rng.sample(examples, n_examples), 1):
-            text += f"\n{k}. {example}"
-        text += f"\n{n_examples + 1}."
-        ids = tokenizer(text).input_ids
-        while ids[-1] in tokenizer.all_special_ids:  # some tokenizers end every text
-            ids.pop()
-        if len(ids) <= list_tokens:
-            requests.append((ids, derive_seed(*seeds, call)))
-    if not requests:
-        raise InputError(
-            f"--task=instructions: {n_examples} examples do not fit into {list_tokens} tokens; "
-            "lower --max_prompt_tokens, --max_new_tokens or --instruction_examples"
+    def __init__(self, tokenizer, examples, start_engine, s):
+        self.tokenizer = tokenizer
+        self.examples = examples
+        self.n_examples = s.instruction_examples  # in a call
+        self.temperature = s.instruction_temperature
+        self.seeds = (s.seed, s.iteration, RANK)
+
+        # a call has room for the list and for the reply
+        self.reply_tokens = min(MAX_REPLY_TOKENS, s.max_new_tokens)
+        room = context_length(s.model) - self.reply_tokens
+        self.list_tokens = min((self.n_examples + 1) * s.max_prompt_tokens, room)
+        self.sample = start_engine(self.list_tokens + self.reply_tokens)
+
+    def write(self, n_calls, n_round):
+        """Yield (text, finished) of the instructions of a round of calls."""
+        replies = self.sample(
+            self.requests(n_calls, n_round),
+            n_responses=1,
+            temperature=self.temperature,
+            top_k=50,
+            top_p=0.9,
+            max_new_tokens=self.reply_tokens,
+            stop=("\n\n", next_number(self.n_examples)),
         )
-    return requests
+        for responses in replies:
+            ids, finished, _ = responses[0]
+            reply = self.tokenizer.decode(ids, skip_special_tokens=True)
+            yield instruction_of(reply, self.n_examples), finished
+
+    def requests(self, n_calls, n_round):
+        """Requests (ids, seed) of a round, each with a new draw of examples; no too long ones.
+
+        Raises InputError when no request is left.
+        """
+        rng = random.Random(derive_seed(*self.seeds, n_round))
+        requests = []
+        for call in range(n_calls):
+            text = HEADING
+            for k, example in enumerate(rng.sample(self.examples, self.n_examples), 1):
+                text += f"\n{k}. {example}"
+            text += f"\n{self.n_examples + 1}."  # the item that the policy is to write
+
+            ids = self.tokenizer(text).input_ids
+            while ids[-1] in self.tokenizer.all_special_ids:  # some tokenizers end every text
+                ids.pop()
+            if len(ids) <= self.list_tokens:
+                requests.append((ids, derive_seed(*self.seeds, n_round, call)))
+        if not requests:
+            raise InputError(
+                f"--task=instructions: {self.n_examples} examples do not fit into "
+                f"{self.list_tokens} tokens; "
+                "lower --max_prompt_tokens, --max_new_tokens or --instruction_examples"
+            )
+        return requests
 
 
 # -------------------------------------------------------------------------- what becomes of a reply
@@ -256,39 +236,41 @@ def compile_unfit(pattern):
         raise InputError(f"--instruction_unfit={pattern}: not a regular expression: {e}") from e
 
 
-def why_unfit(
-    text,
-    finished,
-    *,
-    tokenizer,
-    model,
-    unfit,
-    control,
-    min_tokens,
-    max_tokens,
-    seen,
-    arguments=None,
-):
-    """The first rule an instruction breaks (a key of counts), or None.
+class Rules:
+    """What an instruction has to be: whole, fit, of the right length, and new."""
 
-    min_tokens: of the text; max_tokens: of the prompt, rendered with the template's arguments.
-    """
-    if not finished:
-        return "unfinished"
-    if not text:
-        return "empty"
-    if unfit.search(text):
-        return "unfit"
-    if control.search(text):
-        return "control_text"
-    if len(token_ids(tokenizer, text)) < min_tokens:
-        return "too_short"
-    messages = [{"role": "user", "content": text}]
-    if len(render(tokenizer, messages, model, arguments=arguments)) > max_tokens:
-        return "too_long"
-    if seen.is_near_duplicate(text):
-        return "known"
-    return None
+    def __init__(self, tokenizer, examples, s):
+        self.tokenizer = tokenizer
+        self.model = s.model
+        self.arguments = template_arguments(s.template_kwargs, s.date)
+        self.unfit = compile_unfit(s.instruction_unfit)
+        self.control = control_pattern(tokenizer)
+        self.seen = NearDuplicateFinder(s.instruction_similarity, examples)
+
+        # it is a prompt of the next stage, which needs room for max_new_tokens behind it
+        room = context_length(s.model) - s.max_new_tokens
+        self.max_tokens = min(s.max_prompt_tokens, room)  # rendered
+        self.min_tokens = max(MIN_TOKENS, s.min_prompt_tokens)  # of the text alone
+
+    def why_unfit(self, text, finished):
+        """The first rule an instruction breaks (a key of counts), or None."""
+        if not finished:
+            return "unfinished"
+        if not text:
+            return "empty"
+        if self.unfit.search(text):
+            return "unfit"
+        if self.control.search(text):
+            return "control_text"
+        if len(token_ids(self.tokenizer, text)) < self.min_tokens:
+            return "too_short"
+        messages = [{"role": "user", "content": text}]
+        ids = render(self.tokenizer, messages, self.model, arguments=self.arguments)
+        if len(ids) > self.max_tokens:
+            return "too_long"
+        if self.seen.is_near_duplicate(text):
+            return "known"
+        return None
 
 
 class NearDuplicateFinder:

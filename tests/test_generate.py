@@ -122,6 +122,7 @@ def test_short_instructions_are_dropped_and_counted(world, tmp_path):
             "instruction_unfit=(",
             "--instruction_unfit=(: not a regular expression: missing )",
         ),
+        ("instructions", "n_prompts=0", "--n_prompts is not set: how many instructions to write"),
         ("instructions", "instruction_examples=0", "has to be 1 at least"),
         ("instructions", "instruction_similarity=1.5", "has to be between 0 and 1"),
         ("candidates", "block=0", "--block=0: has to be 1 at least"),
