@@ -40,6 +40,7 @@ STRAIGHT = str.maketrans("‘’“”", "''\"\"")
 # a letter or digit of a script that parts its words by spaces, unlike Chinese, Thai or Korean
 LETTER = r"[^\W\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff\uac00-\ud7ff]"
 
+# any mark of markdown's, also where the instruction's words show a dash: what they ask is a list
 BULLET = re.compile(r"\s*[-*+•]\s+.*\w")
 NUMBERED = re.compile(r"\s*(?:\*\*)?(\d{1,3})[.)](?:\*\*)?\s+.*\w")
 
@@ -68,7 +69,7 @@ def followed(text, instruction):
     if not text:
         return False
     if name == "contains":
-        return len(occurrences(text, value)) >= times
+        return CHECKS[name](text, value, times)
     return CHECKS[name](text, value)
 
 
@@ -103,14 +104,14 @@ def parse_instruction(instruction):
     if "times" in instruction and name != "contains" and instruction["times"] is not None:
         raise TypeError(f"'times' belongs to 'contains', not to '{name}'")
 
-    # of what type the value has to be
+    # the value has to be of its check's type
     if name in TEXTS and (not isinstance(value, str) or not value.strip()):
         raise TypeError(f"'{name}' takes a text, not {value!r}")
-    if name == "contains_any" and not is_list_of_texts(value):
-        raise TypeError(f"'contains_any' takes a list of texts, not {value!r}")
+    if name in LISTS and not is_list_of_texts(value):
+        raise TypeError(f"'{name}' takes a list of texts, not {value!r}")
     if name in FORMS and value is not True:
         raise TypeError(f"'{name}' takes true, not {value!r}")
-    if name in COUNTS and not is_count(value):
+    if name in AMOUNTS and not is_count(value):
         raise TypeError(f"'{name}' takes a whole number above 0, not {value!r}")
     if not is_count(times):
         raise TypeError(f"'times' takes a whole number above 0, not {times!r}")
@@ -151,54 +152,23 @@ def count_sentences(text):
     return len(sentences_of(text))
 
 
-def count_paragraphs(text):
-    return len(text_blocks(text))
-
-
 def text_blocks(text):
     """What stands between empty lines and has a letter or digit in it."""
     return [block for block in re.split(r"\n\s*\n", text) if WORD.search(block)]
 
 
-def at_most_words(text, n):
-    return count_words(text) <= n
+def count_paragraphs(text):
+    return len(text_blocks(text))
 
 
-def at_least_words(text, n):
-    return count_words(text) >= n
+def count_bullets(text):
+    return sum(1 for line in text.splitlines() if BULLET.match(line))
 
 
-def at_most_sentences(text, n):
-    return count_sentences(text) <= n
-
-
-def at_least_sentences(text, n):
-    return count_sentences(text) >= n
-
-
-def sentences(text, n):
-    return count_sentences(text) == n
-
-
-def at_most_paragraphs(text, n):
-    return count_paragraphs(text) <= n
-
-
-def at_least_paragraphs(text, n):
-    return count_paragraphs(text) >= n
-
-
-def paragraphs(text, n):
-    return count_paragraphs(text) == n
-
-
-def bullets(text, n):
-    return sum(1 for line in text.splitlines() if BULLET.match(line)) == n
-
-
-def numbered(text, n):
+def numbers_of_items(text):
+    """The numbers that lines begin with, in their order."""
     matches = [NUMBERED.match(line) for line in text.splitlines()]
-    return [int(match[1]) for match in matches if match] == list(range(1, n + 1))
+    return [int(match[1]) for match in matches if match]
 
 
 # ---- texts ----
@@ -220,18 +190,6 @@ def occurrences(text, phrase):
     return re.findall(phrase_pattern(phrase), text.translate(STRAIGHT), re.IGNORECASE)
 
 
-def contains(text, phrase):
-    return len(occurrences(text, phrase)) > 0
-
-
-def contains_any(text, phrases):
-    return any(occurrences(text, phrase) for phrase in phrases)
-
-
-def no(text, phrase):
-    return not occurrences(text, phrase)
-
-
 def begins_with(text, phrase):
     pattern = r'[*_#>"\s]*' + phrase_pattern(phrase.strip())
     return re.match(pattern, text.translate(STRAIGHT), re.IGNORECASE) is not None
@@ -245,23 +203,15 @@ def ends_with(text, phrase):
 # ---- forms ----
 
 
-def lowercase(text, _):
-    return text.islower()
-
-
-def uppercase(text, _):
-    return text.isupper()
-
-
-def title(text, _):
+def has_title(text):
     return re.search(r"<<[^<>]*\w[^<>]*>>", text.splitlines()[0]) is not None
 
 
-def quoted(text, _):
+def is_quoted(text):
     return re.fullmatch(r'".*\w.*"', text.translate(STRAIGHT), re.DOTALL) is not None
 
 
-def varied(text, _):
+def is_varied(text):
     repeats = collections.Counter(sentence.lower() for sentence in sentences_of(text))
 
     # within a sentence, too, a policy may run in a circle
@@ -270,7 +220,7 @@ def varied(text, _):
     return max((repeats | runs).values(), default=0) < 3
 
 
-def is_json(text, _):
+def is_json(text):
     fenced = re.fullmatch(r"```\w*\s*\n(.*)```", text, re.DOTALL)
     if fenced:
         text = fenced[1]
@@ -281,30 +231,35 @@ def is_json(text, _):
     return isinstance(value, (dict, list))
 
 
-COUNTS = {
-    "at_most_words": at_most_words,
-    "at_least_words": at_least_words,
-    "at_most_sentences": at_most_sentences,
-    "at_least_sentences": at_least_sentences,
-    "sentences": sentences,
-    "at_most_paragraphs": at_most_paragraphs,
-    "at_least_paragraphs": at_least_paragraphs,
-    "paragraphs": paragraphs,
-    "bullets": bullets,
-    "numbered": numbered,
+# ---- the table ----
+
+AMOUNTS = {  # take a whole number
+    "at_most_words": lambda text, n: count_words(text) <= n,
+    "at_least_words": lambda text, n: count_words(text) >= n,
+    "at_most_sentences": lambda text, n: count_sentences(text) <= n,
+    "at_least_sentences": lambda text, n: count_sentences(text) >= n,
+    "sentences": lambda text, n: count_sentences(text) == n,
+    "at_most_paragraphs": lambda text, n: count_paragraphs(text) <= n,
+    "at_least_paragraphs": lambda text, n: count_paragraphs(text) >= n,
+    "paragraphs": lambda text, n: count_paragraphs(text) == n,
+    "bullets": lambda text, n: count_bullets(text) == n,
+    "numbered": lambda text, n: numbers_of_items(text) == list(range(1, n + 1)),
 }
-TEXTS = {
-    "contains": contains,
-    "no": no,
+TEXTS = {  # take a text
+    "contains": lambda text, phrase, times: len(occurrences(text, phrase)) >= times,
+    "no": lambda text, phrase: not occurrences(text, phrase),
     "begins_with": begins_with,
     "ends_with": ends_with,
 }
-FORMS = {
-    "lowercase": lowercase,
-    "uppercase": uppercase,
-    "title": title,
-    "quoted": quoted,
-    "varied": varied,
-    "json": is_json,
+FORMS = {  # take true
+    "lowercase": lambda text, _: text.islower(),
+    "uppercase": lambda text, _: text.isupper(),
+    "title": lambda text, _: has_title(text),
+    "quoted": lambda text, _: is_quoted(text),
+    "varied": lambda text, _: is_varied(text),
+    "json": lambda text, _: is_json(text),
 }
-CHECKS = COUNTS | TEXTS | FORMS | {"contains_any": contains_any}
+LISTS = {  # take a list of texts
+    "contains_any": lambda text, phrases: any(occurrences(text, one) for one in phrases),
+}
+CHECKS = AMOUNTS | TEXTS | FORMS | LISTS
