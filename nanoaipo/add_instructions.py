@@ -125,7 +125,7 @@ KINDS = {
     ]),
 }
 # names of what `no` forbids
-NAMES = {",": "any commas", "and": 'the word "and"', "the": 'the word "the"'}
+FORBIDDEN = {",": "any commas", "and": 'the word "and"', "the": 'the word "the"'}
 
 # less, more
 COUNTERPARTS = [
@@ -206,7 +206,7 @@ def word_instruction(rng, name, own_words):
         times = rng.choice([2, 3])
         return {"contains": word, "times": times}, wording.format(word, times)
     value = rng.choice(KINDS[name].values)
-    return {name: value}, wording.format(NAMES.get(value, value))
+    return {name: value}, wording.format(FORBIDDEN.get(value, value))
 
 
 def any_answer(prompt):

@@ -57,7 +57,7 @@ def load_engine(
         lap("starting")
         loaded = TransformersEngine(model, eos_ids, dtype=dtype, generate_rows=generate_rows)
         lap("loading")
-        return checked(loaded.sample, model)
+        return with_logps_checked(loaded.sample, model)
 
     if not has_vllm:
         raise InputError(
@@ -72,10 +72,10 @@ def load_engine(
         tensor_parallel=tensor_parallel,
         gpu_memory=gpu_memory,
     )
-    return checked(sample, model)
+    return with_logps_checked(sample, model)
 
 
-def checked(sample, model):
+def with_logps_checked(sample, model):
     """`sample`, which raises InputError where what it sampled has a log-prob that is not finite."""
     message = (
         f"{model}: its log-probs are not finite: its weights are damaged, "

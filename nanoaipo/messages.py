@@ -237,7 +237,7 @@ def found_field(row, fields):
     return None
 
 
-def columns_of(row):
+def column_names(row):
     """The names of a row's columns, as a text for messages."""
     return ", ".join(str(key) for key, value in row.items() if value is not None) or "none"
 

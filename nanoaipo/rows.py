@@ -22,7 +22,7 @@ nanoaipo/messages.py.
 
 import re
 
-from nanoaipo.messages import UnusableRow, as_messages, columns_of, found_field
+from nanoaipo.messages import UnusableRow, as_messages, column_names, found_field
 
 # of each group, the first column that a row has is read
 PROMPT_FIELDS = (
@@ -93,7 +93,7 @@ def prompt_messages(where, row, field=""):
     """
     field = field or found_field(row, PROMPT_FIELDS)
     if field is None:
-        raise UnusableRow("no_prompt", f"{where}: {no_prompt(row)}")
+        raise UnusableRow("no_prompt", f"{where}: {why_no_prompt(row)}")
     check_no_media(where, row)
     value = prompt_value(where, row, field)
     messages = as_messages(value, f"{where}: '{field}'")
@@ -121,11 +121,11 @@ def prompt_messages(where, row, field=""):
     return messages
 
 
-def no_prompt(row):
+def why_no_prompt(row):
     """What is wrong with a row that has no prompt."""
     return (
         "'prompt' has to be a text or a list of messages with role and content; "
-        f"the columns are {columns_of(row)}; wanted is one of {', '.join(PROMPT_FIELDS)}, "
+        f"the columns are {column_names(row)}; wanted is one of {', '.join(PROMPT_FIELDS)}, "
         "or the one that --prompt_field names"
     )
 
@@ -259,7 +259,7 @@ def pair_messages(where, row):
     elif asked:
         before = asked
     else:
-        raise UnusableRow("no_prompt", f"{where}: {no_pair(row, 'prompt')}")
+        raise UnusableRow("no_prompt", f"{where}: {why_no_pair(row, 'prompt')}")
     if len(chosen) == 1:
         chosen = before + chosen
     if len(rejected) == 1:
@@ -287,10 +287,10 @@ def pair_messages(where, row):
     return with_system(row, prompt), without_end_marks(chosen), without_end_marks(rejected)
 
 
-def no_pair(row, field):
+def why_no_pair(row, field):
     """What is wrong with a row that lacks a column of a pair."""
     return (
-        f"field '{field}' is missing; the columns are {columns_of(row)}; wanted are prompt, "
+        f"field '{field}' is missing; the columns are {column_names(row)}; wanted are prompt, "
         "chosen and rejected (texts or messages), chosen and rejected (conversations), "
         "messages that end with the chosen answer and rejected_response, "
         "or input, preferred_output and non_preferred_output"
@@ -301,7 +301,7 @@ def side_messages(where, row, fields):
     """The messages of chosen or rejected, an answer alone or a conversation."""
     field = found_field(row, fields)
     if field is None:
-        raise UnusableRow(f"no_{fields[0]}", f"{where}: {no_pair(row, fields[0])}")
+        raise UnusableRow(f"no_{fields[0]}", f"{where}: {why_no_pair(row, fields[0])}")
     return as_messages(row[field], f"{where}: '{field}'", "assistant")
 
 

@@ -160,10 +160,10 @@ def length_controlled_interval(difference, won, resamples=400):
     """
     n = len(won)
 
-    def win_rate(chosen):
+    def rate_among(chosen):
         return length_controlled(difference[chosen], won[chosen], np.ones((n, 1)))[0]
 
     rng = np.random.default_rng(0)
-    rates = [win_rate(rng.integers(n, size=n)) for _ in range(resamples)]
-    rate = 100 * float(win_rate(np.arange(n)))
+    rates = [rate_among(rng.integers(n, size=n)) for _ in range(resamples)]
+    rate = 100 * float(rate_among(np.arange(n)))
     return rate, (100 * np.percentile(rates, [2.5, 97.5])).tolist()

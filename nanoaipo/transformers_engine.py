@@ -103,7 +103,7 @@ class TransformersEngine:
 
         Raises InputError for a prompt with an id that the model has no embedding for.
         """
-        check_ids(requests, self.policy)
+        check_vocabulary(requests, self.policy)
         by_length = sorted(range(len(requests)), key=lambda r: len(requests[r][0]))
         n_rows = self.generate_rows
         if self.device.type == "cuda" and requests:
@@ -242,7 +242,7 @@ def load_model(model, dtype):
     return policy
 
 
-def check_ids(requests, policy):
+def check_vocabulary(requests, policy):
     """Raise InputError for a prompt whose tokenizer knows more tokens than the model has."""
     n_tokens = policy.get_input_embeddings().weight.shape[0]
     for ids, _ in requests:

@@ -109,7 +109,7 @@ def test_the_prompt_says_in_words_what_is_checked(instructed):
             if type(value) is int and name != "at_most_paragraphs":
                 assert str(value) in instructions
             elif isinstance(value, str):
-                assert add_instructions.NAMES.get(value, value) in instructions
+                assert add_instructions.FORBIDDEN.get(value, value) in instructions
         if len(record["answer"]["follow"]) == 1:
             wordings.setdefault(name, set()).add(instructions)
     for name, texts in wordings.items():
