@@ -204,14 +204,16 @@ def sample_block(rows, sample, tokenizer):
 
 def candidates(manifest):
     """n_responses to each prompt, from an engine here."""
+    # prompts that leave room for max_new_tokens
     tokenizer, eos_ids = load_tokenizer(model)
     limit = context_length(model)
-    arguments = template_arguments(template_kwargs, date)
-    control = control_pattern(tokenizer)
     room = limit - max_new_tokens
+    control = control_pattern(tokenizer)
+    arguments = template_arguments(template_kwargs, date)
     pool, dropped = read_pool(add_prompt_ids, tokenizer, control, room, arguments)
     rows = take_share(pool)
 
+    # responses, block by block
     sample = None
     if rows:  # there may be more processes than prompts
         sample = start_engine(eos_ids, min(max_prompt_tokens + max_new_tokens, limit))

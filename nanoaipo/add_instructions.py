@@ -165,8 +165,9 @@ def draw_instructions(rng, messages, allowed):
 
     allowed: the checks to draw from. Returns [(instruction, text)].
     """
+    # aspects that the prompt itself does not decide
     said = "\n".join(message["content"] for message in messages)
-    free = set()  # aspects that nothing decides yet
+    free = set()
     for aspect, words in DECIDED.items():
         if not re.search(rf"\b(?:{words})\b", said, re.IGNORECASE):
             free.add(aspect)
@@ -175,10 +176,11 @@ def draw_instructions(rng, messages, allowed):
         free.discard("words")
 
     # counterparts are drawn as one, then a coin decides
-    paired = {name for pair in COUNTERPARTS for name in pair}
+    paired = set().union(*COUNTERPARTS)
     groups = COUNTERPARTS + [(name,) for name in KINDS if name not in paired]
     rng.shuffle(groups)
 
+    # an instruction takes its aspects, so that no other decides them too
     drawn = []
     n = rng.randint(1, most)
     for group in groups:
@@ -235,6 +237,19 @@ def allowed_kinds():
     return [name for name in KINDS if name not in left_out]
 
 
+def add_to_row(row, drawn):
+    """Write the drawn instructions behind a row's prompt, and what checks them to its `answer`."""
+    message = row["prompt"][-1]
+    instructions = [instruction for instruction, _ in drawn]
+    if untold:
+        instructions += any_answer(message["content"])
+    row["answer"] = {"follow": instructions}
+
+    texts = " ".join(text for _, text in drawn)
+    message["content"] = message["content"].rstrip() + "\n\n" + texts
+    row.pop("turns", None)  # whoever finds turns in a record would ask them
+
+
 def main():
     allowed = allowed_kinds()
     manifest = open_stage(out, ".jsonl", config, "prompts")
@@ -255,19 +270,13 @@ def main():
             dropped.add("no_room", f"prompt '{row['id']}': decides all that could be asked")
             continue
 
-        # whoever finds turns in a record would ask them
-        row.pop("turns", None)
-        last = row["prompt"][-1]
         n_replaced += row.get("answer") is not None
-        row["answer"] = {"follow": [instruction for instruction, _ in drawn]}
-        if untold:
-            row["answer"]["follow"] += any_answer(last["content"])
-        texts = [text for _, text in drawn]
-        last["content"] = last["content"].rstrip() + "\n\n" + " ".join(texts)
+        add_to_row(row, drawn)
         rows.append(row)
         for instruction, _ in drawn:
-            counts[next(iter(instruction))] += 1
+            counts[next(iter(instruction))] += 1  # its first key is the check's name
 
+    # all of them, or no file
     dropped.check_left(prompts, rows)
     manifest["counts"] = {"prompts": len(rows)} | counts
     with open_output(out, manifest) as write:

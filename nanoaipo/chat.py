@@ -35,12 +35,15 @@ def load_tokenizer(model, setting="model"):
             f"--{setting}={model}: no model folder and no hub model that can be loaded "
             f"({reason_of(e)})"
         ) from e
+
     # without it the BOS that a template asks for would be left out, in silence
     if find_file(model, "tokenizer_config.json") is None:
         raise InputError(
             f"--{setting}={model}: it has no tokenizer_config.json, which names the special tokens "
             "of its chat template; fetch it again"
         )
+
+    # one chat template
     if not tokenizer.chat_template:
         raise InputError(
             f"--{setting}={model}: its tokenizer has no chat template; "
@@ -53,6 +56,7 @@ def load_tokenizer(model, setting="model"):
             "default; name one so in tokenizer_config.json"
         )
 
+    # what ends a turn: the model's end tokens and the tokenizer's
     eos_ids = configured_eos_ids(model, n_tokens, setting)
     if tokenizer.eos_token_id is not None:
         check_eos_id(model, tokenizer.eos_token_id, n_tokens, "its tokenizer", setting)
@@ -163,6 +167,7 @@ def template_arguments(template_kwargs, date):
     template_kwargs: a JSON object such as {"enable_thinking": false}, or empty. date: YYYY-MM-DD,
     what a template that asks for the day is told; empty: today. Raises InputError for other texts.
     """
+    # the run's own, which must not be those that we set
     arguments = {}
     if template_kwargs:
         try:

@@ -46,13 +46,13 @@ def load_engine(
     if engine not in ENGINES:
         raise InputError(f"--engine={engine}: there are {', '.join(ENGINES)}")
 
+    # auto is vLLM where it is installed
     has_vllm = importlib.util.find_spec("vllm") is not None
     if engine == "auto":
         engine = "vllm" if has_vllm else "transformers"
 
     if engine == "transformers":
-        # imported here: transformers takes seconds
-        from nanoaipo.transformers_engine import TransformersEngine
+        from nanoaipo.transformers_engine import TransformersEngine  # here, as it takes seconds
 
         lap("starting")
         loaded = TransformersEngine(model, eos_ids, dtype=dtype, generate_rows=generate_rows)
@@ -134,6 +134,7 @@ def vllm_engine(model, eos_ids, max_tokens, *, dtype, seed, tensor_parallel, gpu
     lap("loading")
 
     def sample(requests, *, n_responses, temperature, top_k, top_p, max_new_tokens, stop=()):
+        # a request of vLLM's is a prompt and its parameters
         prompts = []
         params = []
         for ids, request_seed in requests:
@@ -173,6 +174,8 @@ def start_vllm(model, max_tokens, *, dtype, seed, tensor_parallel, gpu_memory):
     from vllm import LLM
 
     lap("starting")
+
+    # how much memory it may take, and what a CPU needs besides
     if torch.cuda.is_available():
         memory = {"gpu_memory_utilization": gpu_memory}
     else:
@@ -239,6 +242,7 @@ def take_own_gpus(tensor_parallel, gpu_memory):
 
     import torch
 
+    # what CUDA finds then has to be as many
     if torch.cuda.is_initialized():
         raise InputError(
             "--engine=vllm: this process uses its GPU already; "

@@ -39,6 +39,7 @@ def find_files(path):
     if os.path.isfile(path):
         return [path]
 
+    # what several processes wrote, all of it
     shards = find_shards(path)
     if shards:
         check_all_shards(path, shards)
@@ -58,6 +59,7 @@ def find_files(path):
         if files:
             check_are_files(files)
             return files
+
     if os.path.isdir(path):
         raise InputError(f"{path}: a folder without a .jsonl or .parquet file in it; name the file")
     raise InputError(f"{path}: no such file")

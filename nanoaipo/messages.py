@@ -137,16 +137,19 @@ def as_message(value, name, list_name):
     if "role" not in message and "from" in message:
         message["role"] = message.pop("from")
         message["content"] = message.pop("value", None)
+
+    # a role that templates know
     role = message.get("role")
     if not isinstance(role, str):
         raise no_messages(list_name)
     role = SHAREGPT_ROLES.get(role, role)
-    if role not in ROLES:  # most templates would write it as it is
+    if role not in ROLES:  # most would write it as it is
         raise UnusableRow(
             "unknown_role", f"{name} is of the role '{role}', which is none of {', '.join(ROLES)}"
         )
     message["role"] = role
 
+    # one text
     content = message.get("content")
     if isinstance(content, list):
         content = join_parts(content, name)
@@ -197,6 +200,8 @@ def join_parts(parts, name):
         if kind in TEXT_PARTS and isinstance(text, str):
             texts.append(text)
             continue
+
+        # what it is instead: an image_url is an image
         if kind in TEXT_PARTS:
             kind = "part without its text"
         kind = str(kind).removesuffix("_url")

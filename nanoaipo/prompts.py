@@ -44,16 +44,15 @@ def read_prompts(path, field="", dropped=None):
 
         # an id of its own has to be unique; of rows with the same text each gets one
         prompt_id = own_id(row, ("id", "question_id", "uid"))
-        has_id = prompt_id is not None
-        if not has_id:
+        if prompt_id is None:
             prompt_id = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:12]
-        if prompt_id in first_seen and has_id:
+            if prompt_id in first_seen:
+                prompt_id += f"-{len(prompts)}"
+        elif prompt_id in first_seen:
             raise InputError(
                 f"{where}: id '{prompt_id}' is already that of {first_seen[prompt_id]}; "
                 "ids join records and must differ"
             )
-        if prompt_id in first_seen:
-            prompt_id += f"-{len(prompts)}"
 
         first_seen[prompt_id] = where
         row["id"] = prompt_id
@@ -135,8 +134,9 @@ def read_candidates(path, dropped=None):
     row's number.
     """
     own_ids = set()
-    numbers = set()  # of rows without an id
+    numbers = set()  # as texts, of rows without an id
     for n, (where, row) in enumerate(read_records(path)):
+        # the prompt and its responses, from columns of either layout
         try:
             if row.get("responses") is None:
                 row["prompt"], row["responses"] = responses_of_pair(where, row)
@@ -149,6 +149,7 @@ def read_candidates(path, dropped=None):
             dropped.add(e.reason, e)
             continue
 
+        # a number must not be taken for an id, nor an id for a number
         row_id = own_id(row, ("id",))
         if row_id is None:
             row_id = str(n)

@@ -91,6 +91,7 @@ def prompt_messages(where, row, field=""):
 
     They may end with an answer where the column is a whole conversation. Raises UnusableRow.
     """
+    # what the column holds
     field = field or found_field(row, PROMPT_FIELDS)
     if field is None:
         raise UnusableRow("no_prompt", f"{where}: {why_no_prompt(row)}")
@@ -238,6 +239,8 @@ def pair_messages(where, row):
     extract_prompt), and a prompt column has to be part of it. Raises UnusableRow.
     """
     check_no_media(where, row)
+
+    # the prompt, where a column of its own holds it
     asked = None
     field = found_field(row, PROMPT_FIELDS)
     if field is not None and field not in CHOSEN_FIELDS:

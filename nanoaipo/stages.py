@@ -147,12 +147,14 @@ def open_stage(out, suffix, settings, *inputs):
     InputError when an input is missing or damaged, when another process is writing `out`, or when
     `out` is there and damaged, was made from other settings or inputs, or has no manifest.
     """
+    # refuse what cannot be, before the inputs are hashed
     check_out(out, suffix)
     check_inputs(settings, inputs)
     paths = [settings[key] for key in inputs]
     for path in paths:
         check_undamaged(path)
 
+    # what the output depends on, the same on every node
     manifest = describe_run(settings, inputs)
     if spans_nodes():
         first = first_process_says(f"made into {out}", manifest)
@@ -161,23 +163,15 @@ def open_stage(out, suffix, settings, *inputs):
     if suffix:
         out = shard_path(out)
 
-    # every process looks at its own shard; a folder's other processes wait for its first one, and
-    # on other nodes, where the folder may be seen late, they take its word
-    is_mine = suffix or RANK == 0
-    is_done = False
-    if is_mine or not spans_nodes():
-        is_done = is_complete(out, manifest)
-    if not is_done and is_mine:
-        hold_lock(out + ".lock")
-        is_done = is_complete(out, manifest)  # its last holder may just have ended
-    if spans_nodes() and not suffix:
-        is_done = first_process_says(f"{out} is complete", is_done)
-    if is_done:
+    # skip the stage if it is done
+    if lock_unless_complete(out, suffix, manifest):
         remove_leftovers(out)
         print(f"{out}: complete, nothing to do", flush=True)
         return None
+
+    # checkpoints to go on from have to be this run's
     checkpoints = glob.glob(glob.escape(out) + ".tmp/step_*[0-9]")
-    if not suffix and checkpoints:  # to go on from
+    if not suffix and checkpoints:
         check_same_run(out + ".tmp", manifest)
 
     # slow to find out, so only where the stage does run
@@ -190,6 +184,25 @@ def open_stage(out, suffix, settings, *inputs):
         print(*versions, "commit", manifest["commit"], flush=True)
     lap("starting")
     return manifest
+
+
+def lock_unless_complete(out, suffix, manifest):
+    """Whether `out` is complete; if it is not, the process that is to write it locks it.
+
+    suffix: empty for a folder. Raises InputError when it is locked, or was another run's.
+    """
+    # every process looks at its own shard; a folder's other processes wait for its first one, and
+    # on other nodes, where the folder may be seen late, they take its word
+    is_mine = suffix or RANK == 0
+    is_done = False
+    if is_mine or not spans_nodes():
+        is_done = is_complete(out, manifest)
+    if not is_done and is_mine:
+        hold_lock(out + ".lock")
+        is_done = is_complete(out, manifest)  # its last holder may just have ended
+    if spans_nodes() and not suffix:
+        is_done = first_process_says(f"{out} is complete", is_done)
+    return is_done
 
 
 def check_out(out, suffix):
@@ -368,7 +381,7 @@ def check_undamaged(path, whole=False):
         described = manifest.get("files", {})  # older manifests have none
         folder = os.path.dirname(manifest_path(out))
 
-        # sizes first, which cost nothing
+        # sizes first, which cost nothing; then the bytes
         to_read = {}
         for name, expected in described.items():
             file = os.path.join(folder, name)
@@ -475,6 +488,7 @@ def write_blocks(out, manifest, rows, size, make_records, count):
         open(part, "wb").close()
     write_json(manifest_path(part), manifest)
 
+    # what is left to do, each block on disk before the next
     with open(part, "rb+") as f:
         n_done = keep_whole_blocks(f, size, len(rows))
         if n_done:

@@ -52,9 +52,11 @@ def distinct_2(words):
         total.update(counter)
 
     # distinct-2 without answer i, whose own pairs are those that no other answer has
-    own = np.array([sum(total[pair] == n for pair, n in counter.items()) for counter in pairs])
+    own = []
+    for counter in pairs:
+        own.append(sum(total[pair] == n for pair, n in counter.items()))
     size = np.array([counter.total() for counter in pairs])
-    without = (len(total) - own) / (size.sum() - size)  # (N,)
+    without = (len(total) - np.array(own)) / (size.sum() - size)  # (N,)
 
     half = Z_95 * np.sqrt((len(words) - 1) * without.var())
     return len(total) / size.sum(), half
@@ -131,6 +133,7 @@ def length_controlled(difference, won, others, extra=None):
     out of the fit; others (N, K): further columns, of which one is 1. extra: features (R, 1 + K),
     targets (R,) and weights (R,) of rows that regularise the fit.
     """
+    # the length difference in a range of -1 to 1, beside the other columns
     sd = 0
     if len(difference) > 1:
         sd = difference.std(ddof=1)
@@ -138,6 +141,7 @@ def length_controlled(difference, won, others, extra=None):
         sd = 1  # one length for all: the column is constant, whatever the scale
     features = np.column_stack([np.tanh(difference / sd), others])  # (N, 1 + K)
 
+    # fit to what was judged, and to the rows that regularise
     judged = ~np.isnan(won)
     features = features[judged]
     targets = won[judged]
@@ -148,6 +152,7 @@ def length_controlled(difference, won, others, extra=None):
         targets = np.append(targets, extra_targets)
         weights = np.append(weights, extra_weights)
 
+    # the column of lengths left out, both answers have one length
     beta = fit_logistic(features, targets, weights)
     return sigmoid(others @ beta[1:])
 

@@ -104,12 +104,15 @@ class TransformersEngine:
         Raises InputError for a prompt with an id that the model has no embedding for.
         """
         check_vocabulary(requests, self.policy)
+
+        # prompts of similar length in a batch, and no more rows than the GPU's memory has room for
         by_length = sorted(range(len(requests)), key=lambda r: len(requests[r][0]))
         n_rows = self.generate_rows
         if self.device.type == "cuda" and requests:
             longest = len(requests[by_length[-1]][0]) + sampling["max_new_tokens"]
             n_rows = rows_that_fit(n_rows, longest, bytes_per_token(self.policy), self.memory())
         size = max(1, n_rows // n_responses)
+
         results = [None] * len(requests)
         with tqdm(total=len(requests) * n_responses, desc="generate", unit="resp") as bar:
             for start in range(0, len(by_length), size):
@@ -123,6 +126,7 @@ class TransformersEngine:
                     rows += [prompt_ids] * n_responses
                 responses = self.sample_rows(rows, **sampling)
 
+                # in the order of the requests again
                 for k, r in enumerate(batch):
                     results[r] = responses[k * n_responses : (k + 1) * n_responses]
                 bar.update(len(rows))
@@ -137,6 +141,7 @@ class TransformersEngine:
 
     def sample_rows(self, prompts, *, temperature, top_k, top_p, max_new_tokens, stop=()):
         """One response (ids, finished, log-prob) to each of these lists of prompt ids."""
+        # prompts end in one column, so that responses begin in the next
         ids, mask = self.pad_left(prompts)  # (B, L)
         prompt_width = ids.shape[1]
         max_length = prompt_width + max_new_tokens
