@@ -18,7 +18,6 @@ import statistics
 import numpy as np
 
 from nanoaipo.benchmarks.alpaca_eval import win
-from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
 from nanoaipo.messages import Dropped, UnusableRow
 from nanoaipo.prompts import own_id, responses_of_pair, with_thought_apart
@@ -55,10 +54,8 @@ def read_preferences(path):
         row["n_right"] = len(right)
         rows.append(row)
 
-    if not rows:
-        raise InputError(f"{path}: no preference in it ({dropped.reasons() or 'no rows'})")
-    if dropped.counts:
-        print(f"{path}: {dropped}")
+    dropped.check_left(path, rows, "preference")
+    dropped.print(path)
     return rows
 
 

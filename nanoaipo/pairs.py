@@ -8,7 +8,6 @@ from nanoaipo.chat import check_writes_tools, control_pattern, render, row_argum
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
 from nanoaipo.messages import Dropped, UnusableRow, template_columns, texts_in
-from nanoaipo.processes import print0
 from nanoaipo.response_text import Template, render_response
 from nanoaipo.rows import pair_messages, without_end_marks
 
@@ -46,10 +45,8 @@ def read_pairs(path, tokenizer, eos_ids, max_length, arguments=None, n_tokens=No
             continue
         pairs.append(without_text(row))
 
-    if not pairs:
-        raise InputError(f"{path}: no pair is left to train on ({dropped.reasons() or 'no rows'})")
-    if dropped.counts:
-        print0(f"{path}: {dropped}")
+    dropped.check_left(path, pairs, "pair")
+    dropped.print(path)
     counts = {"pairs": len(pairs), "too_long": 0, "control_text": 0}
     counts.update(dropped.counts)
     return pairs, counts

@@ -271,7 +271,7 @@ def test_a_row_that_is_no_preference_is_left_out_and_named(tmp_path, capsys, row
 
 
 def test_an_empty_file_holds_no_preference(tmp_path):
-    with pytest.raises(InputError, match="no preference in it"):
+    with pytest.raises(InputError, match="no preference is left"):
         read_rows(tmp_path)
 
 

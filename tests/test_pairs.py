@@ -309,7 +309,7 @@ def test_a_row_that_cannot_be_used_is_dropped_and_told_with_its_place(
 
     with pytest.raises(InputError, match=message) as error:
         read_pairs(write_lines(tmp_path / "bad.jsonl", row), *loaded, 200)
-    assert "bad.jsonl: no pair is left to train on (1 " in str(error.value)
+    assert "bad.jsonl: no pair is left (1 " in str(error.value)
 
 
 def test_dropped_rows_are_told_in_one_line_with_the_first_of_each_reason():
@@ -351,7 +351,7 @@ def test_a_response_that_the_template_would_not_write_so_is_dropped(
     tokenizer = build_tokenizer(template, "<|pad|>")
     path = write_lines(tmp_path / "pairs.jsonl", PAIR | {"chosen": chosen})
 
-    with pytest.raises(InputError, match=rf"no pair is left to train on \(1 {reason} \("):
+    with pytest.raises(InputError, match=rf"no pair is left \(1 {reason} \("):
         read_pairs(path, tokenizer, {tokenizer.eos_token_id}, 200)
 
 
