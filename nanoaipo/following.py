@@ -92,16 +92,19 @@ def parse_instruction(instruction):
         raise TypeError(
             f'an instruction is an object such as {{"at_most_words": 25}}, not {instruction!r}'
         )
+
     # a data set gives each of its rows every key, most of them null
     named = {key: value for key, value in instruction.items() if value is not None}
-    times = named.pop("times", 1)
+    times = named.pop("times", None)
     if len(named) != 1:
         raise TypeError(f"an instruction names one check, not {', '.join(named) or 'none'}")
 
     ((name, value),) = named.items()
     if name not in CHECKS:
         raise LookupError(f"no check '{name}'; there are {', '.join(CHECKS)}")
-    if "times" in instruction and name != "contains" and instruction["times"] is not None:
+    if times is None:
+        times = 1
+    elif name != "contains":
         raise TypeError(f"'times' belongs to 'contains', not to '{name}'")
 
     # the value has to be of its check's type
