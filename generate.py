@@ -112,6 +112,7 @@ def add_prompt_ids(where, row, tokenizer, control, room, arguments):
         if found:
             raise UnusableRow("control_text", f"{where}: holds the control token {found[0]}")
 
+    # the ids that the engine gets, and training too
     row["prompt_ids"] = render(tokenizer, row["prompt"], where, arguments=own)
     n_tokens = len(row["prompt_ids"])
     max_tokens = min(max_prompt_tokens, room)

@@ -256,6 +256,7 @@ def main():
     if manifest is None:
         return
 
+    # the seed and a prompt's id decide, so that other prompts of the file do not
     dropped = Dropped()
     rows = []
     counts = collections.Counter(dict.fromkeys(allowed, 0))

@@ -51,8 +51,9 @@ def load_engine(
     if engine == "auto":
         engine = "vllm" if has_vllm else "transformers"
 
+    # one of the two is imported, which takes seconds
     if engine == "transformers":
-        from nanoaipo.transformers_engine import TransformersEngine  # here, as it takes seconds
+        from nanoaipo.transformers_engine import TransformersEngine
 
         lap("starting")
         loaded = TransformersEngine(model, eos_ids, dtype=dtype, generate_rows=generate_rows)

@@ -99,6 +99,7 @@ def parse_instruction(instruction):
     if len(named) != 1:
         raise TypeError(f"an instruction names one check, not {', '.join(named) or 'none'}")
 
+    # the check, and how often, which only one of them is asked
     ((name, value),) = named.items()
     if name not in CHECKS:
         raise LookupError(f"no check '{name}'; there are {', '.join(CHECKS)}")

@@ -58,6 +58,7 @@ def write_instructions(pool, manifest, tokenizer, start_engine, s):
     pool: prompt records to show; start_engine(max_tokens): an engine's `sample`; s: the settings of
     generate.py. Raises InputError when the pool is too small, or when no call is left.
     """
+    # what a call shows comes from the pool
     examples = example_texts(pool)
     if len(examples) < s.instruction_examples:
         raise InputError(
@@ -65,13 +66,12 @@ def write_instructions(pool, manifest, tokenizer, start_engine, s):
             f"a call shows {s.instruction_examples} of them"
         )
 
-    # this process's share
+    # this process's share; there may be more processes than instructions
     wanted = len(range(RANK, s.n_prompts, WORLD_SIZE))
     counts = dict.fromkeys(COUNTS, 0)
     counts["prompts"] = len(pool)
-
     instructions = []
-    if wanted:  # there may be more processes than instructions
+    if wanted:
         writer = Writer(tokenizer, examples, start_engine, s)
         rules = Rules(tokenizer, examples, s)
         instructions = collect(wanted, writer, rules, counts, s.out, manifest)
@@ -113,6 +113,7 @@ def collect(wanted, writer, rules, counts, out, manifest):
                 rules.seen.add(text)
             met_lower_ranks = True
 
+        # done, or out of calls, which is for the caller to tell
         missing = wanted - len(instructions)
         if missing == 0 or counts["calls"] >= max_calls:
             return instructions

@@ -163,6 +163,7 @@ def read_candidates(path, dropped=None):
                 "which has no id; give all rows an id, or none"
             )
 
+        # rankers read the answer, not the thought before it
         row["responses"] = [with_thought_apart(response) for response in row["responses"]]
         yield where, row
 

@@ -246,16 +246,8 @@ def pair_messages(where, row):
     if field is not None and field not in CHOSEN_FIELDS:
         asked = prompt_messages(where, row, field)
 
-    # both answers; without a column of its own, the chosen one ends the conversation (ms-swift)
-    rejected = side_messages(where, row, REJECTED_FIELDS)
-    is_ended = asked is not None and len(asked) > 1 and asked[-1]["role"] == "assistant"
-    if found_field(row, CHOSEN_FIELDS) is None and is_ended:
-        chosen = asked
-    else:
-        chosen = side_messages(where, row, CHOSEN_FIELDS)
-    check_no_labels(where, chosen, rejected, row)
-
     # both as conversations: an answer alone follows the prompt
+    chosen, rejected = both_sides(where, row, asked)
     conversations = [side for side in (chosen, rejected) if len(side) > 1]
     if conversations:
         before = conversations[0][:-1]
@@ -298,6 +290,23 @@ def why_no_pair(row, field):
         "messages that end with the chosen answer and rejected_response, "
         "or input, preferred_output and non_preferred_output"
     )
+
+
+def both_sides(where, row, asked):
+    """(chosen, rejected): messages of an answer alone, or of a conversation that ends with it.
+
+    asked: the messages of a prompt's own column, or None.
+    """
+    rejected = side_messages(where, row, REJECTED_FIELDS)
+
+    # without a column of its own, the chosen answer ends the conversation (ms-swift)
+    is_ended = asked is not None and len(asked) > 1 and asked[-1]["role"] == "assistant"
+    if found_field(row, CHOSEN_FIELDS) is None and is_ended:
+        chosen = asked
+    else:
+        chosen = side_messages(where, row, CHOSEN_FIELDS)
+    check_no_labels(where, chosen, rejected, row)
+    return chosen, rejected
 
 
 def side_messages(where, row, fields):

@@ -156,6 +156,7 @@ class TransformersEngine:
             return_dict_in_generate=True,
         )
 
+        # the batch shrinks, so each of its rows knows the prompt that it belongs to
         responses = [None] * len(prompts)
         logp = torch.zeros(len(prompts))  # of each response so far
         rows = torch.arange(len(prompts))  # (B,), the prompt of each row of the batch
