@@ -374,44 +374,46 @@ def pairs_of(
         scores = scores[judged]
         odds = odds[judged][:, judged]
 
-    # the rule chooses among distinct texts; the first response of each stands for it
-    distinct = list(first_of_each_text(responses).values())
-    distinct_scores = [scores[k].item() for k in distinct]
-    reason = why_no_pairs(len(responses), distinct_scores)
+    # these count a text as often as it was sampled; SPPO's win rate against oneself is 1/2
+    n_responses = len(responses)
+    all_scores = scores.tolist()
+    win_rates = odds.sigmoid().mean(1)  # (N,)
+    has_ids = "prompt_ids" in row and all("ids" in response for response in responses)
+
+    # from here on the M distinct texts, for each of which its first response stands
+    first = list(first_of_each_text(responses).values())
+    responses = [responses[k] for k in first]
+    scores = scores[first].tolist()
+    odds = odds[first][:, first].tolist()  # (M, M)
+    win_rates = win_rates[first].tolist()
+    reason = why_no_pairs(n_responses, scores)
     if reason:
         counts[reason] += 1
         return
 
     # lengths are the answers', in tokens, in characters where only texts are known
-    has_ids = "prompt_ids" in row and all("ids" in response for response in responses)
     if has_ids:
-        lengths = [answer_length(responses[k]) for k in distinct]
+        lengths = [answer_length(response) for response in responses]
     else:
-        lengths = [len(responses[k]["text"]) for k in distinct]
-    rng = random.Random(derive_seed(seed, row["id"]))
+        lengths = [len(response["text"]) for response in responses]
+
     rule = PAIR_RULES[pair_rule]
-
-    # SPPO's win rate against all responses of the prompt; against itself it is 1/2
-    win_rates = odds.sigmoid().mean(1)  # (N,)
-
-    # chosen and rejected are indices of distinct texts, w and l of the responses they stand for
-    for chosen, rejected in rule(distinct_scores, lengths, rng, **settings):
-        w = distinct[chosen]
-        l = distinct[rejected]
+    rng = random.Random(derive_seed(seed, row["id"]))
+    for w, l in rule(scores, lengths, rng, **settings):
         if scores[w] - scores[l] < min_gap:
             counts["gap"] += 1
-        elif max_length_gap and abs(lengths[chosen] - lengths[rejected]) > max_length_gap:
+        elif max_length_gap and abs(lengths[w] - lengths[l]) > max_length_gap:
             counts["length_gap"] += 1
         elif drop_url and URL.search(responses[w]["text"]):
             counts["url"] += 1
         else:
             yield pair_record(row, responses[w], responses[l], has_ids) | {
-                "z": float(odds[w, l]),
-                "scores": scores.tolist(),
-                "q_w": float(win_rates[w]),
-                "q_l": float(win_rates[l]),
-                "g_w": float(scores[w]),
-                "g_l": float(scores[l]),
+                "z": odds[w][l],
+                "scores": all_scores,
+                "q_w": win_rates[w],
+                "q_l": win_rates[l],
+                "g_w": scores[w],
+                "g_l": scores[l],
             }
 
 
