@@ -67,12 +67,8 @@ drop_unfinished = True                  # leave out responses that were cut at t
 drop_url = True                         # no pair whose chosen response holds a URL (AIPO)
 reward_temperature = 1.0                # z = difference of scores / this (reward, judge, answer)
 length_bias = 0.0                       # points added for each 100 words: a judge that likes length
-# the judge's endpoint is OpenAI-compatible, its key stands in OPENAI_API_KEY
-judge_url = ""                          # endpoint of the judge; empty: an engine here
-# expected is the mean of one digit over its log-probs (G-Eval), where the endpoint gives them
-judge_mode = "score"                    # score: 0 to 5 points; pairwise: in both orders; expected
-# the file has {prompt} and {response} to score, {prompt}, {response_a} and {response_b} to compare,
-# and {rubric} or the like, which the column of that name fills
+judge_url = ""                          # OpenAI-compatible (OPENAI_API_KEY); empty: an engine here
+judge_mode = "score"                    # score: 0 to 5 points; expected: by log-probs; or pairwise
 judge_prompt = ""                       # file with what the judge is asked; empty: ours in prompts/
 verdict = ""                            # regular expression with one group; empty: known forms
 judge_votes = 3                         # replies to every question (Self-Rewarding: 3)
