@@ -791,10 +791,11 @@ def test_a_length_bias_adds_points_for_each_hundred_words():
 def test_a_rankers_own_defaults_are_those_of_the_settings():
     """eval.py does not declare all of them, so a ranker falls back to its own."""
     compared = set()
-    for ranker in rankers.RANKERS.values():
-        for name, parameter in inspect.signature(ranker).parameters.items():
+    for function in [*rankers.RANKERS.values(), judges.way_to_ask]:
+        for name, parameter in inspect.signature(function).parameters.items():
             if parameter.default is not parameter.empty:
                 assert parameter.default == rank.config[name], name
                 compared.add(name)
 
-    assert {"reward_temperature", "pseudo_count", "annotator_votes", "judge_prompt"} <= compared
+    some = {"reward_temperature", "annotator_votes", "judge_prompt", "judge_concurrency"}
+    assert some <= compared
