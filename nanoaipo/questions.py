@@ -176,7 +176,7 @@ RETRIES = 20  # of a request that fails in passing
 PASSING = (408, 409, 429)  # status of such a failure, beside 500 and above
 TRIES = 4  # of a question that is answered with nothing in it
 CANNOT_ANSWER = (400, 413, 422)  # status of a question that is refused: too long, filtered
-SILENCE = 120  # seconds without a byte after which a request has failed
+SILENCE_SECONDS = 120  # without a byte, and a request has failed
 NO_KEY = "none"  # what is sent where there is none
 
 
@@ -228,7 +228,7 @@ def load_client(url):
     if not re.fullmatch(r"[!-~]+", key):
         raise InputError("OPENAI_API_KEY: has characters that no key has, such as a space in it")
     try:
-        timeout = Timeout(SILENCE, connect=10)
+        timeout = Timeout(SILENCE_SECONDS, connect=10)
         return OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=timeout)
     except Exception as e:  # the error is that of one of several packages that parse addresses
         raise InputError(f"{url}: no address of an endpoint: {reason_of(e)}") from e
@@ -539,9 +539,10 @@ def local_model(
 
         # a question too long for the model is answered at once, with an error
         room = context_length(model) - max_tokens
-        prompt_ids = [
-            render(tokenizer, q["messages"], model, control, arguments=arguments) for q in questions
-        ]
+        prompt_ids = []
+        for question in questions:
+            messages = question["messages"]
+            prompt_ids.append(render(tokenizer, messages, model, control, arguments=arguments))
         fitting, errors = sort_by_room(prompt_ids, room)
         keep(errors)
         if not fitting:
@@ -574,7 +575,7 @@ def local_model(
             )
             replies = {}
             for n, responses in zip(block, sampled):
-                ids, *_ = responses[0]
+                ids, _, _ = responses[0]
                 usage = {"prompt_tokens": len(prompt_ids[n]), "completion_tokens": len(ids)}
                 reply = reply_text(tokenizer, prompt_ids[n], ids)
                 replies[n] = {"reply": reply, "usage": usage}
