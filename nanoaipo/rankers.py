@@ -1,11 +1,11 @@
 """Who says which response is better: one function per ranker.
 
     rank = load_ranker("pairrm", "llm-blender/PairRM", settings, counts)
-    for scores, odds in rank(rows): ...
+    for rewards, odds in rank(rows): ...
 
 A row has `prompt` (messages), `texts` (its distinct responses, any number), `id`, and `answer`
 where prompts carry one. For each row come odds (N, N), antisymmetric: [i, j] is the log-odds that i
-beats j; and scores (N,), higher is better, nan where a judge gave none; or None in their place,
+beats j; and rewards (N,), higher is better, nan where a judge gave none; or None in their place,
 where the odds say all there is. Both are float32. A ranker takes the settings that its signature
 names, with defaults for those that eval.py lacks, and adds what went wrong to `counts`. A new
 ranker is one function and one entry in RANKERS.
@@ -168,7 +168,10 @@ def rope_depends_on_batch(config):
 def unused_id(sequences):
     """The smallest token id in none of the sequences."""
     used = set(itertools.chain.from_iterable(sequences))
-    return next(i for i in itertools.count() if i not in used)
+    i = 0
+    while i in used:
+        i += 1
+    return i
 
 
 @torch.no_grad()
@@ -219,7 +222,10 @@ def reward(
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
     def rank(rows):
-        sequences = [inputs_of(row, text) for row in rows for text in row["texts"]]
+        sequences = []
+        for row in rows:
+            for text in row["texts"]:
+                sequences.append(inputs_of(row, text))
         lengths = [len(sequence["input_ids"]) for sequence in sequences]
 
         # computed longest first, stored in the order of the texts
@@ -286,7 +292,7 @@ def annotators(model, counts, *, annotator_votes=9, pseudo_count=0.5, **settings
     """Several rankers vote on every pair; `model` names them: "pairrm:MODEL reward:MODEL ...".
 
     annotator_votes = 0: each casts one vote for the response it puts first. k: each casts k votes,
-    split by its probability. Scores are the Bradley-Terry log-strengths of the votes, odds their
+    split by its probability. Rewards are the Bradley-Terry log-strengths of the votes, odds their
     differences: iREPO's label z (2405.15230).
     """
     voters = parse_annotators(model)
@@ -338,17 +344,17 @@ def load_ranker(ranker, model, settings, counts):
 def with_length_bias(rank, length_bias, reward_temperature):
     """The function `rank` of a judge that likes length: points more for each 100 words of a text.
 
-    Scores rise by them, and the odds by their difference / reward_temperature. It is for
+    Rewards rise by them, and the odds by their difference / reward_temperature. It is for
     experiments: how much of such a bias does an objective amplify?
     """
 
     def rank_with_bias(rows):
-        for row, (scores, odds) in zip(rows, rank(rows)):
+        for row, (rewards, odds) in zip(rows, rank(rows)):
             n_words = torch.tensor([len(text.split()) for text in row["texts"]])  # (N,)
             points = length_bias * n_words / 100
-            if scores is not None:
-                scores = scores + points
-            yield scores, odds + (points[:, None] - points) / reward_temperature
+            if rewards is not None:
+                rewards = rewards + points
+            yield rewards, odds + (points[:, None] - points) / reward_temperature
 
     return rank_with_bias
 
