@@ -139,8 +139,9 @@ class PairRM(torch.nn.Module):
     def score(self, marked):
         """Scores (B, 2) of both candidates from the hidden states of the marks (B, 3, D)."""
         source, first, second = marked.unbind(1)  # (B, D) each
-        candidates = [torch.cat([source, candidate], -1) for candidate in (first, second)]
-        return self.head_layer(torch.stack(candidates, 1)).mean(-1)
+        first = torch.cat([source, first], -1)  # (B, 2D)
+        second = torch.cat([source, second], -1)  # (B, 2D)
+        return self.head_layer(torch.stack([first, second], 1)).mean(-1)
 
     def distance_buckets(self, length, device):
         """Rows of the relative embedding for the distances i - j = L, ..., -L: (2L + 1,)."""
@@ -157,6 +158,7 @@ class PairRM(torch.nn.Module):
         n_tokens: (B,), where all are padded to one length: how many tokens are a sequence's own.
         """
         encoder = self.pretrained_model.encoder
+        # (length, how many sequences of that length follow)
         runs = [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
         buckets = {length: self.distance_buckets(length, ids.device) for length, _ in runs}
         positions = encoder.get_rel_embedding()  # (2 * span, D)
@@ -179,18 +181,17 @@ class PairRM(torch.nn.Module):
         query = attention.query_proj(h)  # (T, D)
         key = attention.key_proj(h)  # (T, D)
         value = attention.value_proj(h)  # (T, D)
-        key_table = split_heads(attention.key_proj(positions), heads) * scale
+        key_table = split_heads(attention.key_proj(positions), heads) * scale  # (H, 2 * span, d)
         query_table = split_heads(attention.query_proj(positions), heads) * scale
-        # both (H, 2 * span, d)
 
         context = torch.empty_like(query)
         start = 0
         for length, count in runs:
             stop = start + count * length
-            q, k, v = (
-                split_heads(x[start:stop].unflatten(0, (count, length)), heads)  # (B, H, L, d)
-                for x in (query, key, value)
-            )
+            shape = (count, length)
+            q = split_heads(query[start:stop].unflatten(0, shape), heads)  # (B, H, L, d)
+            k = split_heads(key[start:stop].unflatten(0, shape), heads)  # (B, H, L, d)
+            v = split_heads(value[start:stop].unflatten(0, shape), heads)  # (B, H, L, d)
             inputs = (q, k, v, key_table, query_table, buckets[length], scale)
             if n_tokens is None:
                 out = shifted_attention(*inputs)
@@ -293,12 +294,14 @@ def is_deberta_v3(config):
         "position_biased_input": False,
         "norm_rel_ebd": "layer_norm",
     }
-    return (
-        all(getattr(config, key, None) == value for key, value in expected.items())
-        and set(config.pos_att_type) == {"c2p", "p2c"}
-        and config.position_buckets >= 1
-        and not getattr(config, "conv_kernel_size", 0)
-    )
+    for key, value in expected.items():
+        if getattr(config, key, None) != value:
+            return False
+    if set(config.pos_att_type) != {"c2p", "p2c"}:
+        return False
+    if config.position_buckets < 1:
+        return False
+    return not getattr(config, "conv_kernel_size", 0)
 
 
 def check_weights(name, expected, weights):
