@@ -150,7 +150,7 @@ def read_competitors(path, counts, *, drop_unfinished, max_response_tokens, weak
         if not is_mine:
             continue
 
-        # a weaker model's responses to the same prompt
+        # a weaker model's responses to the same prompt join in
         responses = row.pop("responses")
         other = weaker_rows.get(row["id"])
         if other and other["prompt"] != row["prompt"]:
@@ -161,6 +161,7 @@ def read_competitors(path, counts, *, drop_unfinished, max_response_tokens, weak
         if other:
             responses += other["responses"]
 
+        # some are left out
         competing = []
         for response in responses:
             reason = why_left_out(response, drop_unfinished, max_response_tokens)
@@ -169,6 +170,7 @@ def read_competitors(path, counts, *, drop_unfinished, max_response_tokens, weak
             else:
                 competing.append(response)
         competitors.append((row, competing))
+
     if n_prompts == 0:
         reasons = f" ({dropped.reasons()})" if dropped.counts else ""
         raise InputError(f"{path}: no candidates in it{reasons}")
@@ -189,7 +191,7 @@ def labels_by_model(competitors, reward_temperature):
     labels = []
     for _, responses in competitors:
         rewards = []
-        for k in first_of_each_text(responses).values():
+        for k in first_of_each_text(responses):
             rewards.append(float("is_weaker" not in responses[k]))
         labels.append(from_rewards(rewards, reward_temperature))
     return labels
@@ -265,25 +267,30 @@ PAIR_RULES = {
 
 
 def first_of_each_text(responses):
-    """{text: index of the first response that has it}, in order of appearance."""
+    """For each distinct text the index of the first response that has it, in order."""
     first = {}
     for k, response in enumerate(responses):
         first.setdefault(response["text"], k)
-    return first
+    return list(first.values())
+
+
+def distinct_texts(responses):
+    """The texts of the responses, each once, in order of appearance."""
+    return [responses[k]["text"] for k in first_of_each_text(responses)]
 
 
 def score_responses(responses, rewards, odds):
-    """Scores (N,) and log-odds (N, N) of all responses, from those of their distinct texts.
+    """Scores (N,) and log-odds (N, N) of all responses, from those of their M distinct texts.
 
     Both are float64. A text counts as often as it was sampled.
     """
-    texts = list(first_of_each_text(responses))
-    index = [texts.index(response["text"]) for response in responses]
-    odds = odds.double()[index][:, index]  # (N, N)
+    texts = distinct_texts(responses)
+    text_index = [texts.index(response["text"]) for response in responses]  # (N,), below M
+    odds = odds.double()[text_index][:, text_index]  # (N, N)
     if rewards is None:
         scores = 2 * odds.mean(1)  # (N,), llm-blender's: the mean of logit_ij - logit_ji
     else:
-        scores = rewards.double()[index]  # (N,)
+        scores = rewards.double()[text_index]  # (N,)
     return scores, odds
 
 
@@ -357,8 +364,8 @@ def pairs_of(
 ):
     """Yield the pairs of one prompt by the rule; count why it gives none, or why a pair is dropped.
 
-    responses: those that compete. rewards (N,) or None, and odds (N, N), which are log-odds: the
-    ranker's, of the distinct texts in order of appearance. settings: what the rules ask for.
+    responses: the N that compete. rewards (M,) or None, and odds (M, M), which are log-odds: the
+    ranker's, of the M distinct texts in order of appearance. settings: what the rules ask for.
     """
     scores, odds = score_responses(responses, rewards, odds)
 
@@ -376,8 +383,8 @@ def pairs_of(
     win_rates = odds.sigmoid().mean(1)  # (N,)
     has_ids = "prompt_ids" in row and all("ids" in response for response in responses)
 
-    # from here on the M distinct texts, for each of which its first response stands
-    first = list(first_of_each_text(responses).values())
+    # from here on all lists are of the M distinct texts; the first response stands for each
+    first = first_of_each_text(responses)
     responses = [responses[k] for k in first]
     scores = scores[first].tolist()
     odds = odds[first][:, first].tolist()  # (M, M)
@@ -448,8 +455,8 @@ def mix_in(pairs, path, share, seed):
 # -------------------------------------------------------------------------------- summary
 
 
-def response_length(pair, side):
-    """Length of an answer, chosen or rejected: tokens, or characters where only text is known."""
+def side_length(pair, side):
+    """Length of a pair's chosen or rejected answer: tokens, or characters where it has no ids."""
     if side + "_ids" in pair:
         return len(pair[side + "_ids"]) - pair.get(side + "_thought_tokens", 0)
     _, answer = split_thought(pair[side][0]["content"])
@@ -463,8 +470,8 @@ def longer_won_by_prompt(pairs):
     """
     wins = collections.defaultdict(list)
     for pair in pairs:
-        chosen = response_length(pair, "chosen")
-        rejected = response_length(pair, "rejected")
+        chosen = side_length(pair, "chosen")
+        rejected = side_length(pair, "rejected")
         if chosen != rejected:
             wins[pair["id"]].append(chosen > rejected)
     return [statistics.fmean(won) for won in wins.values()]
@@ -482,8 +489,8 @@ def summary(pairs):
         "longer_won": longer_won,
         "longer_won_n": len(shares),
         "longer_won_95": wilson_interval(longer_won, len(shares)),
-        "chosen": statistics.fmean(response_length(pair, "chosen") for pair in pairs),
-        "rejected": statistics.fmean(response_length(pair, "rejected") for pair in pairs),
+        "chosen": statistics.fmean(side_length(pair, "chosen") for pair in pairs),
+        "rejected": statistics.fmean(side_length(pair, "rejected") for pair in pairs),
         "unit": "tokens" if "chosen_ids" in pairs[0] else "characters",
     }
 
@@ -512,13 +519,20 @@ def start_ranker(settings, counts):
     return rank
 
 
+def who_judged(settings):
+    """Of an endpoint the model that it says it served; see nanoaipo/rankers.py."""
+    from nanoaipo.rankers import who_answered
+
+    return who_answered(ranker, settings["ranker_model"], settings)
+
+
 def judge_the_judge(settings, manifest):
     """Write how often the ranker is right about the preferences in `meta`, and print it."""
     if WORLD_SIZE > 1:
         raise InputError("--meta: is for one process; start it without torchrun")
     preferences = read_preferences(meta)
     for row in preferences:
-        row["texts"] = list(first_of_each_text(row["responses"]))
+        row["texts"] = distinct_texts(row["responses"])
 
     # a judge's replies are to a prompt's id: in a further run other ids, other replies
     counts = collections.Counter()
@@ -534,11 +548,9 @@ def judge_the_judge(settings, manifest):
             scores.append(row_scores.tolist())
         runs.append(agreement(preferences, scores))
 
-    # who judged (of an endpoint the model that it says it served), and the first run
-    from nanoaipo.rankers import who_answered
-
+    # who judged, and the first run
     judge = f"{ranker} {settings['ranker_model']}".strip()
-    manifest["served"] = who_answered(ranker, settings["ranker_model"], settings)
+    manifest["served"] = who_judged(settings)
     measured = {
         "judge": judge,
         "date": time.strftime("%Y-%m-%d"),
@@ -651,7 +663,7 @@ def make_pairs(settings, manifest):
         rank = start_ranker(settings, counts)
         rows = []
         for row, responses in competitors:
-            rows.append(row | {"texts": list(first_of_each_text(responses))})
+            rows.append(row | {"texts": distinct_texts(responses)})
         labels = list(rank(rows))
 
     # what the rule makes of them
@@ -678,9 +690,7 @@ def make_pairs(settings, manifest):
     # one file, or this process's shard of it
     manifest["counts"] = dict(counts)
     if not weaker:
-        from nanoaipo.rankers import who_answered
-
-        manifest["served"] = who_answered(ranker, settings["ranker_model"], settings)
+        manifest["served"] = who_judged(settings)
     with open_output(out, manifest) as write:
         for pair in pairs:
             write(pair)
