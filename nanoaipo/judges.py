@@ -15,11 +15,6 @@ from nanoaipo.questions import ask, endpoint, local_model
 from nanoaipo.stages import fingerprint
 from nanoaipo.verdicts import read_score, read_verdict, reader_of
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-# {rubric} in a template, filled from the prompt's record; \boxed{answer} is none
-PLACE = re.compile(r"(?<!\w)\{([a-z_]\w*)\}")
-
 
 def prompt_text(messages):
     """A prompt as PairRM and judges read it: one message bare, several with their roles."""
@@ -34,6 +29,8 @@ def from_rewards(rewards, temperature):
     odds = (rewards[:, None] - rewards) / temperature  # (N, N)
     return rewards, odds
 
+
+# ---------------------------------------------------------------------------------------- the judge
 
 # mode: how a reply is read, and the fields of its template, the prompt's first
 JUDGE_MODES = {
@@ -170,6 +167,23 @@ def way_to_ask(
     return answer, identity
 
 
+# --------------------------------------------------------------------------------- what it is asked
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+# {rubric} in a template, filled from the prompt's record; \boxed{answer} is none
+PLACE = re.compile(r"(?<!\w)\{([a-z_]\w*)\}")
+
+
+def all_comparisons(rows, n_shown):
+    """(row's index, indices of the n_shown responses that are shown), of two in both orders."""
+    comparisons = []
+    for r, row in enumerate(rows):
+        for shown in itertools.permutations(range(len(row["texts"])), n_shown):
+            comparisons.append((r, shown))
+    return comparisons
+
+
 def load_template(judge_mode, judge_prompt, fields):
     """The text a judge is asked, from the file judge_prompt or ours; each field has to be in it."""
     path = judge_prompt or os.path.join(ROOT, "prompts", f"judge_{judge_mode}.txt")
@@ -234,6 +248,9 @@ def column_text(value):
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
+# ----------------------------------------------------------------------------- what its replies say
+
+
 def check_log_probs(replies, model):
     """Raise InputError where a reply that is no error has no log-probs."""
     for reply in replies:
@@ -242,15 +259,6 @@ def check_log_probs(replies, model):
                 f"--judge_mode=expected: '{model}' gives no log-probs with its replies; take "
                 "another model or --judge_mode=score"
             )
-
-
-def all_comparisons(rows, n_shown):
-    """(row's index, indices of the n_shown responses that are shown), of two in both orders."""
-    comparisons = []
-    for r, row in enumerate(rows):
-        for shown in itertools.permutations(range(len(row["texts"])), n_shown):
-            comparisons.append((r, shown))
-    return comparisons
 
 
 def count_unreadable(replies, readings, counts, judge_tokens):
@@ -299,6 +307,9 @@ def count_wins(rows, comparisons, votes):
         wins[r][i, j] += sum(verdicts)
         wins[r][j, i] += len(verdicts) - sum(verdicts)
     return wins
+
+
+# ---------------------------------------------------------------------------------------- strengths
 
 
 def zermelo(wins, pseudo_count, rounds=100_000):

@@ -33,6 +33,9 @@ from nanoaipo.served import served_fields, served_scores
 lap("starting")  # imports are most of it
 
 
+# ------------------------------------------------------------------------------------------- PairRM
+
+
 def pairrm(model, counts, *, rank_batch_tokens, **_):
     """PairRM, our own implementation (pairrm.py)."""
     from nanoaipo.pairrm import compare, load_pairrm
@@ -94,6 +97,9 @@ def llm_blender(model, counts, **_):
         return [(None, odds) for odds in matrices]
 
     return rank
+
+
+# ----------------------------------------------------------------------------------- a reward model
 
 
 def load_reward_model(model, device):
@@ -249,6 +255,9 @@ def reward(
     return rank
 
 
+# ------------------------------------------------------------------------------------ right answers
+
+
 def answer(model, counts, *, reward_temperature=1.0, **_):
     """1 for a response that gives the prompt's `answer`, else 0 (Iterative RPO, 2404.19733).
 
@@ -271,6 +280,9 @@ def answer(model, counts, *, reward_temperature=1.0, **_):
             yield from_rewards(rewards, reward_temperature)
 
     return rank
+
+
+# --------------------------------------------------------------------------------------- annotators
 
 
 def parse_annotators(spec):
