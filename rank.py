@@ -348,24 +348,23 @@ def pair_record(row, chosen, rejected, has_ids):
     return pair
 
 
-def pairs_of(
-    row,
-    responses,
-    rewards,
-    odds,
-    counts,
-    *,
-    pair_rule,
-    min_gap,
-    drop_url,
-    seed,
-    max_length_gap=0,
-    **settings,
-):
+def why_dropped(chosen, gap, length_gap, *, min_gap, drop_url, max_length_gap=0, **_):
+    """Why a pair is dropped (a key of counts), or None; gap: of its scores."""
+    if gap < min_gap:
+        return "gap"
+    if max_length_gap and abs(length_gap) > max_length_gap:
+        return "length_gap"
+    if drop_url and URL.search(chosen["text"]):
+        return "url"
+    return None
+
+
+def pairs_of(row, responses, rewards, odds, counts, *, pair_rule, seed, **settings):
     """Yield the pairs of one prompt by the rule; count why it gives none, or why a pair is dropped.
 
     responses: the N that compete. rewards (M,) or None, and odds (M, M), which are log-odds: the
-    ranker's, of the M distinct texts in order of appearance. settings: what the rules ask for.
+    ranker's, of the M distinct texts in order of appearance. settings: what the rules and
+    why_dropped ask for.
     """
     scores, odds = score_responses(responses, rewards, odds)
 
@@ -403,21 +402,19 @@ def pairs_of(
     rule = PAIR_RULES[pair_rule]
     rng = random.Random(derive_seed(seed, row["id"]))
     for w, l in rule(scores, lengths, rng, **settings):
-        if scores[w] - scores[l] < min_gap:
-            counts["gap"] += 1
-        elif max_length_gap and abs(lengths[w] - lengths[l]) > max_length_gap:
-            counts["length_gap"] += 1
-        elif drop_url and URL.search(responses[w]["text"]):
-            counts["url"] += 1
-        else:
-            yield pair_record(row, responses[w], responses[l], has_ids) | {
-                "z": odds[w][l],
-                "scores": all_scores,
-                "q_w": win_rates[w],
-                "q_l": win_rates[l],
-                "g_w": scores[w],
-                "g_l": scores[l],
-            }
+        gap = scores[w] - scores[l]
+        reason = why_dropped(responses[w], gap, lengths[w] - lengths[l], **settings)
+        if reason:
+            counts[reason] += 1
+            continue
+        yield pair_record(row, responses[w], responses[l], has_ids) | {
+            "z": odds[w][l],
+            "scores": all_scores,
+            "q_w": win_rates[w],
+            "q_l": win_rates[l],
+            "g_w": scores[w],
+            "g_l": scores[l],
+        }
 
 
 def mix_in(pairs, path, share, seed):
