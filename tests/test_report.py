@@ -560,8 +560,10 @@ def guard_lines(printed):
     return [line for line in printed.splitlines() if line.startswith("GUARD ALARM")]
 
 
-@pytest.mark.parametrize("guard", ["accuracy", "followed"])
-def test_a_win_rate_that_rises_while_the_guard_falls_is_named_with_numbers(tmp_path, guard):
+@pytest.mark.parametrize(
+    "guard, words", [("accuracy", "accuracy"), ("followed", "share of prompts followed")]
+)
+def test_a_win_rate_that_rises_while_the_guard_falls_is_named_with_numbers(tmp_path, guard, words):
     values = [(50, 78), (60, 90), (70, 89), (80, 84)]
     same = {"accuracy_ci": None} if guard == "followed" else {}
     run = build_guarded_run(tmp_path / "run", values, guard, **same)
@@ -571,7 +573,7 @@ def test_a_win_rate_that_rises_while_the_guard_falls_is_named_with_numbers(tmp_p
     # iteration 2 is within the noise of iteration 1, iteration 3 is below it and above iteration 0
     sentence = (
         "from t = 1 to t = 3 the win rate by pairrm judge-A rose from 60.0% to 80.0%, "
-        f"but {guard} fell from 90.0% to 84.0%"
+        f"but the {words} fell from 90.0% to 84.0%"
     )
     assert guard_lines(printed) == [f"GUARD ALARM: run: win rate rises, guard falls: {sentence}"]
     assert f"run {sentence}" in page.text
@@ -625,7 +627,7 @@ def test_a_guard_of_prompts_of_its_own_has_columns_and_raises_the_alarm(tmp_path
 
     sentence = (
         "from t = 0 to t = 1 the win rate by pairrm judge-A rose from 50.0% to 70.0%, "
-        "but accuracy of guard fell from 90.0% to 80.0%"
+        "but the guard's accuracy fell from 90.0% to 80.0%"
     )
     assert guard_lines(printed) == [f"GUARD ALARM: run: win rate rises, guard falls: {sentence}"]
     assert "[2] guard, judge: answer; date 2026-11-27; n 200;" in printed
@@ -633,6 +635,29 @@ def test_a_guard_of_prompts_of_its_own_has_columns_and_raises_the_alarm(tmp_path
     column = page.tables[0][1].index("accuracy")
     cells = [row[column] for row in page.tables[0][2:]]
     assert cells == ["90.0%87.0 – 93.0%", "80.0% falls77.0 – 83.0%"]
+
+
+def test_the_figures_show_the_guard_beside_the_evaluation_and_no_other_benchmark(tmp_path):
+    run = build_run(tmp_path / "run", T=1, accuracy=None, accuracy_ci=None)
+    for t in (0, 1):
+        guard = {"bench": "guard", "judge": "answer", "accuracy": 90 - t, "followed": 60 + t}
+        write_json(run / f"iter_{t}" / "guard.json", guard | {"followed_share": 70})
+        other = {"bench": "mt_bench", "judge": "gpt-4", "score": 7}
+        write_json(run / f"iter_{t}" / "mt.json", other)
+
+    _, page = make_report(run)
+
+    # win rate, the guard's accuracy and followed, and in the first length as well
+    assert n_panels(tmp_path / "iterations.png") == 4
+    assert n_panels(tmp_path / "length.png") == 3
+    assert "accuracy %, the guard" in page.text
+    assert "followed %, the guard" in page.text
+
+
+def n_panels(path):
+    """How many panels a PNG holds, by its width: each has 4.6 inches of 150 dots."""
+    width = int.from_bytes(path.read_bytes()[16:20], "big")
+    return width / (4.6 * 150)
 
 
 def test_two_judges_of_the_same_answers_raise_one_guard_alarm(tmp_path):

@@ -47,6 +47,8 @@ def length_alarms(runs):
 
 # ---- guard ----
 
+IN_WORDS = {"accuracy": "accuracy", "followed": "share of prompts followed"}  # fields of GUARDS
+
 
 def guards_of(all_scores):
     """[Column]: what is said of an iteration's answers without a judge; {Source: scores}."""
@@ -116,16 +118,19 @@ def guard_alarms(runs):
             truths = two_numbers(before, after, guard)
             alarms.setdefault(name, []).append(
                 f"from t = {s} to t = {t} the win rate by {source.judge} rose from {wins}, "
-                f"but {name_of(guard)} fell from {truths}"
+                f"but {guard_in_words(guard)} fell from {truths}"
             )
     return alarms
 
 
-def name_of(guard):
-    """A guard in words: accuracy, or "exact_match of lm_eval gsm8k"."""
+def guard_in_words(guard):
+    """What fell: "the accuracy", "the guard's accuracy" or "exact_match of lm_eval gsm8k"."""
+    words = IN_WORDS.get(guard.field, title(guard.field))
     if guard.source.bench == "win_rate":
-        return title(guard.field)
-    return f"{title(guard.field)} of {guard.source.bench}"
+        return f"the {words}"
+    if guard.source.bench == "guard":
+        return f"the guard's {words}"
+    return f"{words} of {guard.source.bench}"
 
 
 def two_numbers(before, after, column):

@@ -109,6 +109,8 @@ def metric_title(source, field):
     if field in LENGTH:
         name += " per answer"
 
+    if source.bench == "guard":
+        return f"{name}, the guard"
     if field in TRUTHS:
         return f"{name}, the truth"
     if source.bench != "win_rate":
@@ -358,17 +360,18 @@ def differing_settings(runs):
 def draw_pngs(runs, folder):
     """Draw iterations.png and length.png, those for which there is data; return their paths.
 
-    They show win rate, accuracy, instructions followed and length of eval.json, or all metrics
-    where there is none.
+    They show win rate, right answers, instructions followed and length of eval.json, and what the
+    guard's own file says; where there is no eval.json, all metrics.
     """
-    metrics = [c for c in columns(runs) if c.field in PERFORMANCE or c.field in LENGTH]
-    judged = [c for c in metrics if c.source.bench == "win_rate"]
-    judged = [c for c in judged if c.field not in ("lc_win_rate", "followed_share")]
-    metrics = judged or metrics
-    performance = [c for c in metrics if c.field in PERFORMANCE]
+    drawn = [c for c in columns(runs) if c.field in PERFORMANCE or c.field in LENGTH]
+    if any(c.source.bench == "win_rate" for c in drawn):
+        drawn = [c for c in drawn if c.source.bench in ("win_rate", "guard")]
+        drawn = [c for c in drawn if c.field not in ("lc_win_rate", "followed_share")]
+    performance = [c for c in drawn if c.field in PERFORMANCE]
+    lengths = [c for c in drawn if c.field in LENGTH]
 
     files = {
-        "iterations.png": iteration_panels(runs, metrics),
+        "iterations.png": iteration_panels(runs, performance + lengths),
         "length.png": length_panels(runs, performance),
     }
     paths = []
