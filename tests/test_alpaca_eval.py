@@ -230,6 +230,7 @@ def test_preferences_of_0_are_ties_and_null_is_invalid(alpaca, tmp_path):
         (None, "", None),
         (None, "<think>Is it m?</think>M", 2.0),
         (None, "<think>Is it m?", None),
+        (None, "<thinking>Is it m?</thinking>M", 2.0),
     ],
 )
 def test_the_preference_of_a_reply(top, text, preference):

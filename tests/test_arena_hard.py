@@ -189,7 +189,7 @@ def test_the_verdict_of_a_reply(reply, v01, v2):
 
 def test_arena_hard_plays_two_games_and_asks_once_more_for_a_verdict(tmp_path):
     replies = {  # of game 1, which shows the baseline first, and of game 2
-        "w": ("<think>[[A>B]]?</think>[[B>A]]", "[[A>>B]]"),
+        "w": ("<think>[[A>B]]?</think>[[B>A]]", "So.\n<analysis>[[B>A]]</analysis>[[A>>B]]"),
         "s": ("[[A>B]] or [[B>A]]", "<think>[[A>B]]?"),  # the second is cut in its thought
         "g": ("[[B>>A]]", "let me think {x}"),
     }

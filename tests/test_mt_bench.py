@@ -117,7 +117,7 @@ def test_mt_bench_asks_with_the_template_of_the_category_and_the_judges_own_refe
     answers = mt_bench(tmp_path)
     replies = {
         "SINGLE-V1": "<think>\n[[3]]?\n</think>\n\nGood. [[7]]",
-        "SINGLE-MATH-V1": "Rating: [4]",
+        "SINGLE-MATH-V1": "<thinking>\n[[9]]?\n</thinking>\nRating: [4]",
         "SINGLE-V1-MULTI-TURN": "<think>\nno idea, [[9]] is",  # cut in its thought
         "SINGLE-MATH-V1-MULTI-TURN": "[[2.5]]",
     }

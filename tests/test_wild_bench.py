@@ -201,6 +201,7 @@ def test_a_file_that_cannot_be_scored_is_refused_in_one_line(tmp_path, rows, mes
         ('{"choice" : "[B+]"}', ("B", 1)),
         ('{"reason": "he says \\"choice\\": \\"A++\\"", "choice": "B++"}', ("B", 2)),
         ('<think>"choice": "A++"</think>{"choice": "A=B"}', (None, 0)),
+        ('{"choice": "B+"}\n<scratchpad>"choice": "A++"</scratchpad>', ("B", 1)),
         ('{"choice": "A"}', None),
         ('{"choice": "A++ or A+"}', None),
         ("A++", None),
@@ -233,6 +234,7 @@ def test_the_last_choice_behind_the_thought_counts(reply, choice):
         ('{"score": "-7"}', None),
         ("7", None),
         ('<think>{"score": 3}</think>{"score": "4"}', 4),
+        ('<reasoning>{"score": 3}', None),  # cut
     ],
 )
 def test_the_last_score_behind_the_thought_counts(reply, value):

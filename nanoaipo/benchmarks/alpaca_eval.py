@@ -21,7 +21,7 @@ from nanoaipo.files import read_records
 from nanoaipo.logprobs import first_token
 from nanoaipo.served import served_fields, served_scores
 from nanoaipo.stats import length_controlled, standard_error
-from nanoaipo.thoughts import split_thought
+from nanoaipo.verdicts import without_thought
 
 REPOSITORY = "tatsu-lab/alpaca_eval"
 REVISION = "2edc6fad8be6b14ea7230aabfd08188da6b8b814"  # of the data set on the hub
@@ -325,7 +325,7 @@ def preference_of(reply):
             return None
         return 2 - top.get("m", 0) / both
 
-    _, answer = split_thought(reply["reply"])
+    answer = without_thought(reply["reply"])
     letters = re.findall(r"(?<![\w'’])[mM](?![\w'’])", answer)  # not that of "I’m sorry"
     if not letters:
         return None

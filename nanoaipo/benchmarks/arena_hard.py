@@ -28,7 +28,7 @@ from nanoaipo.benchmarks.style_control import (
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
 from nanoaipo.served import served_fields, served_scores
-from nanoaipo.thoughts import split_thought
+from nanoaipo.verdicts import without_thought
 
 REPOSITORY = "lmarena/arena-hard-auto"
 SUFFIX = ".jsonl"  # of a judgments file
@@ -494,7 +494,7 @@ def play(games, ask):
     replies = ask([game["asked"] for game in games])
     for game, reply in zip(games, replies):
         game["judgment"] = reply["reply"]
-        _, game["answer"] = split_thought(reply["reply"])
+        game["answer"] = without_thought(reply["reply"])
         game["served"] = served_fields(reply)
 
     # then once more those that ended without a verdict; an empty reply was refused
@@ -510,7 +510,7 @@ def play(games, ask):
         replies = ask([game["asked"] for game in silent])
         for game, reply in zip(silent, replies):
             game["judgment"] += "\n" + reply["reply"]
-            game["answer"] += "\n" + split_thought(reply["reply"])[1]
+            game["answer"] += "\n" + without_thought(reply["reply"])
             game["served"] |= served_fields(reply)
 
 

@@ -17,7 +17,7 @@ from nanoaipo.benchmarks.answers import (
 from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
 from nanoaipo.served import served_fields, served_scores
-from nanoaipo.thoughts import split_thought
+from nanoaipo.verdicts import without_thought
 
 REPOSITORY = "lm-sys/FastChat"
 SUFFIX = ".jsonl"  # of a judgments file
@@ -147,8 +147,7 @@ def judge(ask, bench_data, answers, baseline, judge_model):
     # the replies come in the order of the questions
     for row, reply in zip(rows, ask(questions)):
         row["judgment"] = reply["reply"]
-        _, answer = split_thought(reply["reply"])  # a rating in a thought is none
-        row["score"] = rating_of(answer)
+        row["score"] = rating_of(without_thought(reply["reply"]))
         row["tstamp"] = time.time()
         row |= served_fields(reply)
     return rows

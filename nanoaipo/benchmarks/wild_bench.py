@@ -18,7 +18,7 @@ from nanoaipo.errors import InputError
 from nanoaipo.files import read_records
 from nanoaipo.served import served_fields, served_scores
 from nanoaipo.stats import interval
-from nanoaipo.thoughts import split_thought
+from nanoaipo.verdicts import without_thought
 
 REPOSITORY = "allenai/WildBench"
 SUFFIX = ".json"  # of a judgments file: an array, as the official code writes it
@@ -353,7 +353,7 @@ def question_about(row, task, template):
 
 def read_result(row):
     """Put the verdict of the judge's reply into its record: the last one behind its thought."""
-    _, answer = split_thought(row["result"])
+    answer = without_thought(row["result"])
     if "score" in row:
         found = POINTS.findall(answer + "\n")
         if found and 1 <= float(found[-1]) <= 10:
