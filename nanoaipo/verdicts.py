@@ -156,7 +156,8 @@ def plain_lines(answer):
     return "\n".join(line for line in lines if re.search(r"\w", line))
 
 
-JSON = json.JSONDecoder(strict=False)  # its texts may hold line breaks
+# texts may hold line breaks; an object is read as its (key, value) pairs, for a key may come twice
+JSON = json.JSONDecoder(strict=False, object_pairs_hook=list)
 
 
 def cut_json(answer, keys):
@@ -177,9 +178,12 @@ def cut_json(answer, keys):
             continue
         except RecursionError:  # thousands of brackets: each would be tried in turn
             break
-        names = [name for name in fields if keys.fullmatch(re.sub(r"\W+", "_", name.lower()))]
-        if names:
-            values += [str(fields[name]) for name in names]
+        found = []
+        for name, value in fields:
+            if keys.fullmatch(re.sub(r"\W+", "_", name.lower())):
+                found.append(str(value))
+        if found:
+            values += found
             end = stop
     return values, answer[end:]
 

@@ -227,6 +227,9 @@ def test_a_verdict_that_is_marked_counts_where_no_line_says_one(reply, score, ve
         # behind a thought, or cut in it
         ('<think>\n{"score": 1}\n</think>\n{"score": 4}', 4, None),
         ('<think>\n{"score": 4, "winner": "A"}', None, None),
+        # a key that is there twice
+        ('{"winner": "A", "reason": "-", "winner": "B"}', None, None),
+        ('{"score": 5, "winner": "A", "score": 5}', 5, 1),
     ],
 )
 def test_a_verdict_in_json_counts_where_no_line_says_one(reply, score, verdict):
