@@ -122,6 +122,11 @@ def declared_by_all():
     return every
 
 
+def values_of(assignments):
+    """{name: value} of what literals or declared returns."""
+    return {name: value for name, (value, _, _) in assignments.items()}
+
+
 # ------------------------------------------------------------------------------- changing settings
 
 
@@ -306,7 +311,7 @@ def run_script(main):
 # ---------------------------------------------------------------------------------- for iterate.sh
 
 
-def resolve(arguments, every):
+def settings_of_run(arguments, every):
     """What recipe and command line set for a run of iterate.sh, checked, and the run's folder.
 
     Nothing is written. Raises InputError if a setting is wrong or is not what the run was started
@@ -361,7 +366,7 @@ def check_started_with(run, changed, every):
     path = os.path.join(run, "recipe.py")
     if not os.path.exists(path) or not glob.glob(os.path.join(glob.escape(run), "iter_*", "*")):
         return
-    before = {key: value for key, (value, _, _) in literals(path).items()}
+    before = values_of(literals(path))
     for key in sorted(before.keys() | changed.keys()):
         default = None
         if key in every:
@@ -379,7 +384,7 @@ def run_node(arguments, every):
     """Run iterate.sh on this node while the others run it on theirs, and end with its exit code."""
     from nanoaipo.nodes import run_with_others
 
-    changed, _ = resolve(arguments, every)
+    changed, _ = settings_of_run(arguments, every)
     command = ["bash", os.path.join(HERE, "iterate.sh"), *arguments]
     rank = changed.get("this_node")
     endpoint = changed.get("rendezvous", "")
@@ -401,12 +406,11 @@ def main():
         from nanoaipo.estimate import preflight
 
         every |= declared("nanoaipo/estimate.py")  # two settings of its own
-        changed, run = resolve([a for a in arguments if a != "--preflight"], every)
-        defaults = {key: default for key, (default, _, _) in every.items()}
-        preflight(defaults | changed | {"out": run})
+        changed, run = settings_of_run([a for a in arguments if a != "--preflight"], every)
+        preflight(values_of(every) | changed | {"out": run})
         return
 
-    changed, run = resolve([a for a in arguments if a != "--lock"], every)
+    changed, run = settings_of_run([a for a in arguments if a != "--lock"], every)
     several = changed.get("nodes", 1) > 1 or changed.get("this_node", 0) > 0
     if several and "ITERATE_NODES" not in os.environ:
         raise InputError("nodes, this_node: several nodes want --nodes=N on the command line")
@@ -429,7 +433,7 @@ def main():
         os.replace(path + ".tmp", path)
 
     # and the loop has its own as variables
-    for key, (default, _, _) in declared("configurator.py").items():
+    for key, default in values_of(declared("configurator.py")).items():
         value = changed.get(key, default)
         if key == "out":
             value = run

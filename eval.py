@@ -185,11 +185,11 @@ def judge_answers(prompts, ours, theirs):
     rank = load_ranker(eval_ranker, eval_ranker_model, settings, collections.Counter())
     rows = [prompts[k] | {"texts": [ours[k]["text"], theirs[k]["text"]]} for k in differ]
     for k, (_, odds) in zip(differ, rank(rows)):
-        won[k] = outcome(float(odds[0, 1]))
+        won[k] = win_of(float(odds[0, 1]))
     return won
 
 
-def outcome(log_odds):
+def win_of(log_odds):
     """1 for a win, 0 for a loss, 0.5 for a tie, nan for nan."""
     if math.isnan(log_odds):
         return math.nan

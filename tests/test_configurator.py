@@ -218,7 +218,7 @@ def test_at_a_python_prompt_a_wrong_setting_is_an_error_and_not_the_end(tmp_path
     with pytest.raises(InputError, match="bad.py:1: a recipe holds `name = literal` lines only"):
         configurator.literals(str(tmp_path / "bad.py"))
     with pytest.raises(InputError, match="run: 'model' is not set"):
-        configurator.resolve(["--iterations=1"], every_setting())
+        configurator.settings_of_run(["--iterations=1"], every_setting())
 
 
 # ------------------------------------------------------------------------------------- all scripts

@@ -13,7 +13,7 @@ from nanoaipo.messages import found_field
 Answer = collections.namedtuple("Answer", "texts tokens")
 
 
-def text_of(turn, field):
+def turn_text(turn, field):
     """A turn's text: the turn itself, or the field of an object."""
     if isinstance(turn, dict):
         return turn[field]
@@ -37,7 +37,7 @@ def parse_answer(row):
     elif "choices" in row:  # MT-Bench, Arena-Hard v0.1
         name = row["model_id"]
         turns = row["choices"][0]["turns"]
-        texts = [text_of(turn, "content") for turn in turns]
+        texts = [turn_text(turn, "content") for turn in turns]
         if isinstance(turns[0], dict):  # Arena-Hard's have a length, MT-Bench's are texts
             tokens = turns[0].get("token_len")
         if tokens is None and isinstance(row.get("conv_metadata"), dict):  # of late 2024
@@ -45,7 +45,7 @@ def parse_answer(row):
     elif "messages" in row:  # Arena-Hard v2.0
         name = row["model"]
         contents = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
-        texts = [text_of(content, "answer") for content in contents]
+        texts = [turn_text(content, "answer") for content in contents]
         if isinstance(row.get("metadata"), dict):  # some write a text, or null
             tokens = row["metadata"].get("token_len")
     else:  # generate.py --task=answers

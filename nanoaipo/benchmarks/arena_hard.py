@@ -52,7 +52,7 @@ BASELINES = {
 }
 
 
-def key_of(row):
+def question_key(row):
     """What a question is known by: question_id in v0.1, uid in v2.0."""
     return row.get("question_id", row.get("uid"))
 
@@ -94,7 +94,7 @@ def score(judgments, model, *, answers="", baseline="", pool="", resamples=1000,
     rows = [(where, without_texts(row)) for where, row in rows]
     games = []
     if "winner" not in rows[0][1]:  # a question has several battles
-        check_no_duplicates(rows, key_of)
+        check_no_duplicates(rows, question_key)
         games = [game for _, row in rows for game in row["games"] if game]
 
     won, _, invalid = tally(rows)
@@ -104,7 +104,7 @@ def score(judgments, model, *, answers="", baseline="", pool="", resamples=1000,
     parts = scores_by_category(rows, tokens, resamples)
 
     if pool:
-        by_model = read_pool(pool, judge_name, model) | {model: rows}
+        by_model = read_pool_judgments(pool, judge_name, model) | {model: rows}
         battles = pool_battles(by_model, model, pool, answers, baseline)
         for name, part in parts.items():
             if part["n"]:
@@ -145,7 +145,7 @@ def scores_by_category(rows, tokens, resamples):
     parts = {}
     for name, own_rows in sorted(by_category.items()):
         won, _, invalid = tally(own_rows)
-        keys = {key_of(row) for _, row in own_rows}
+        keys = {question_key(row) for _, row in own_rows}
         parts[name] = {
             "invalid": invalid,
             **win_rate(list(won.values()), resamples),
@@ -171,8 +171,8 @@ def tally(rows):
             if game is None:
                 continue
             share, weight = game
-            won[key_of(row)] += share * weight, weight
-            category[key_of(row)] = category_of(row)
+            won[question_key(row)] += share * weight, weight
+            category[question_key(row)] = category_of(row)
     return won, category, invalid
 
 
@@ -242,7 +242,7 @@ def win_rate(counts, resamples):
 # ---- style control ----
 
 
-def read_pool(pool, judge_name, model):
+def read_pool_judgments(pool, judge_name, model):
     """{other model: its (where, record) pairs} of what the judge has judged in a folder."""
     by_model = collections.defaultdict(list)
     other_judges = set()
@@ -294,9 +294,9 @@ def pool_battles(by_model, model, pool, answers, baseline):
     baselines = {}
     for name, rows in by_model.items():
         if "winner" not in rows[0][1]:
-            check_no_duplicates(rows, key_of)
+            check_no_duplicates(rows, question_key)
         won, category, _ = tally(rows)
-        other = {key_of(row): baseline_of(row) for _, row in rows}
+        other = {question_key(row): baseline_of(row) for _, row in rows}
         for key, (share, weight) in won.items():
             for side in (name, other[key]):
                 if key not in styles.get(side, {}):
@@ -435,8 +435,8 @@ def read_questions(bench_data, answers):
     for path in sorted(files_below(bench_data, "question.jsonl"), key=lambda p: (len(p), p)):
         folder = os.path.dirname(path)
         for _, row in read_records(path):
-            if key_of(row) in answers:
-                questions.setdefault(key_of(row), row | {"folder": folder})
+            if question_key(row) in answers:
+                questions.setdefault(question_key(row), row | {"folder": folder})
     return questions
 
 

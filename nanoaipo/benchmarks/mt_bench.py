@@ -181,10 +181,10 @@ def prompts_of(question, texts, references, templates):
 
     # placeholders have no number in a template of the first turn, and numbers in the others
     fields = {"question": question["turns"][0], "answer": texts[0]}
-    fields |= numbered("question", question["turns"])
-    fields |= numbered("answer", texts)
+    fields |= numbered_fields("question", question["turns"])
+    fields |= numbered_fields("answer", texts)
     if is_referred:
-        fields |= numbered("ref_answer", references[question["question_id"]].texts)
+        fields |= numbered_fields("ref_answer", references[question["question_id"]].texts)
 
     prompts = []
     for turn in range(1, len(texts) + 1):
@@ -197,7 +197,7 @@ def prompts_of(question, texts, references, templates):
     return prompts
 
 
-def numbered(field, texts):
+def numbered_fields(field, texts):
     """{field_1: the first text, field_2: the second, ...}"""
     return {f"{field}_{n}": text for n, text in enumerate(texts, 1)}
 

@@ -117,7 +117,7 @@ def score_points(rows, judgments):
 
     mean, ci = interval(points)
     return {
-        **counts_of(rows, len(rated)),
+        **judgment_counts(rows, len(rated)),
         "score": mean,
         "score_ci": ci,
         "wb_score": 20 * (mean - 5),
@@ -139,7 +139,7 @@ def score_pairs(rows, name, judgments):
     whole = [all(map(is_whole, row["model_outputs"].values())) for row in judged]
 
     # rewards with and without a margin
-    scores = {**counts_of(rows, len(judged)), "baseline": baselines.pop()}
+    scores = {**judgment_counts(rows, len(judged)), "baseline": baselines.pop()}
     rewards = [reward_of(row, name) for row in judged]
     scores["reward"], scores["reward_ci"] = interval(100 * np.array(rewards))
     for margin in MARGINS:
@@ -154,7 +154,7 @@ def score_pairs(rows, name, judgments):
     return scores
 
 
-def counts_of(rows, n):
+def judgment_counts(rows, n):
     """How many judgments count, how many have no verdict, and how many tasks have none."""
     return {"n": n, "invalid": len(rows) - n, "missing": max(0, N_TASKS - len(rows))}
 

@@ -17,7 +17,7 @@ import sys
 import matplotlib
 import matplotlib.pyplot as plt
 
-from configurator import SCRIPTS, declared, literals, run_script
+from configurator import SCRIPTS, declared, literals, run_script, values_of
 from nanoaipo.errors import InputError
 from nanoaipo.guard import NO_GUARD
 from nanoaipo.report.alarms import guard_alarms, without_guard
@@ -27,11 +27,11 @@ from nanoaipo.report.runs import (
     CONTROL,
     all_iterations,
     columns,
+    field_title,
     format_interval,
     format_number,
     judge_lines,
     load_run,
-    title,
 )
 
 
@@ -61,7 +61,7 @@ def load_runs(folders):
     """{name: run}; named by their folders, or by the whole paths where two folders share a name."""
     defaults = {}
     for script in SCRIPTS:
-        defaults |= values(declared(script))
+        defaults |= values_of(declared(script))
     names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
     if len(set(names)) < len(names):
         names = folders
@@ -71,15 +71,10 @@ def load_runs(folders):
         recipe = {}
         path = os.path.join(folder, "recipe.py")
         if os.path.exists(path):
-            recipe = values(literals(path))
+            recipe = values_of(literals(path))
         run = load_run(folder, recipe, defaults)
         runs[name.translate(CONTROL)] = run | {"style": run_style(k)}
     return runs
-
-
-def values(assignments):
-    """{name: value} of configurator's assignments."""
-    return {name: value for name, (value, *_) in assignments.items()}
 
 
 def print_table(runs):
@@ -90,7 +85,7 @@ def print_table(runs):
     # where several judge, a column says by its number whose it is
     heads = []
     for column in shown:
-        head = title(column.field)
+        head = field_title(column.field)
         if len(lines) > 1 and column.source in lines:
             head += lines[column.source].split()[0]
         heads.append(head)

@@ -8,9 +8,9 @@ from nanoaipo.report.runs import (
     LENGTH,
     Column,
     all_iterations,
+    field_title,
     format_number,
     is_number,
-    title,
 )
 from nanoaipo.stats import LENGTH_ALARM
 
@@ -125,7 +125,7 @@ def guard_alarms(runs):
 
 def guard_in_words(guard):
     """What fell: "the accuracy", "the guard's accuracy" or "exact_match of lm_eval gsm8k"."""
-    words = IN_WORDS.get(guard.field, title(guard.field))
+    words = IN_WORDS.get(guard.field, field_title(guard.field))
     if guard.source.bench == "win_rate":
         return f"the {words}"
     if guard.source.bench == "guard":

@@ -28,9 +28,9 @@ from nanoaipo.report.runs import (
     PERFORMANCE,
     TRAINING,
     columns,
+    field_title,
     is_number,
     is_percent,
-    title,
 )
 from nanoaipo.stages import FREE
 
@@ -89,7 +89,7 @@ def prompts_per_iteration(run):
     return n_prompts
 
 
-def answer_length(t, run, source, unit):
+def length_of_answers(t, run, source, unit):
     """Length of a benchmark's own answers, else of eval.json's; None if there is none."""
     scores = run["iterations"][t]["scores"]
     row = scores[source]
@@ -103,7 +103,7 @@ def answer_length(t, run, source, unit):
 
 def metric_title(source, field):
     """A metric with its unit, and who says it: "win rate %, pairrm"."""
-    name = title(field)
+    name = field_title(field)
     if is_percent(field):
         name += " %"
     if field in LENGTH:
@@ -181,7 +181,7 @@ def draw_intervals(axis, points, color):
         axis.vlines(x, low, high, color=color, alpha=0.18, linewidth=4)
 
 
-def number_of(name, t):
+def iteration_label(name, t):
     """The text beside a point where iterations are numbered."""
     return str(t)
 
@@ -191,12 +191,12 @@ def iteration_panels(runs, metrics):
     return [metric_panel(runs, metric, "iteration", iteration_number) for metric in metrics]
 
 
-def length_panels(runs, metrics, label_of=number_of):
+def length_panels(runs, metrics, label_of=iteration_label):
     """Panels of metrics over the length of the answers, in each unit there is."""
     panels = []
     for metric in metrics:
         for unit in LENGTH:
-            x_of = partial(answer_length, unit=unit)
+            x_of = partial(length_of_answers, unit=unit)
             panels.append(metric_panel(runs, metric, f"{unit} per answer", x_of, label_of))
     return panels
 

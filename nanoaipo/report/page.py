@@ -34,10 +34,10 @@ from nanoaipo.report.runs import (
     STAGES,
     all_iterations,
     columns,
+    field_title,
     format_interval,
     format_number,
     judge_lines,
-    title,
 )
 from nanoaipo.report.similarity import MAX_PAIRS, similarities
 
@@ -144,7 +144,7 @@ def scores_table(runs, lines):
             number = lines[source].split()[0]
             small = f"{number} {source.judge}"
         headings.append((source.bench, small))
-    return table([title(field) for _, field in shown], cells, group_columns(headings))
+    return table([field_title(field) for _, field in shown], cells, group_columns(headings))
 
 
 def categories_table(runs, source):

@@ -94,7 +94,7 @@ def described(field):
     return heading, ".4g"
 
 
-def title(field):
+def field_title(field):
     return described(field)[0]
 
 
@@ -125,7 +125,7 @@ def format_number(value, field):
 # ---- files ----
 
 
-def read_json(path):
+def read_any_json(path):
     """What a JSON file holds; raises InputError where it is none."""
     try:
         with open(path, encoding="utf-8") as f:
@@ -154,7 +154,7 @@ def read_scores(path):
     Categories that have scores of their own, such as those of Arena-Hard v2.0, are items of the
     list, and the number of all of them together is none.
     """
-    scores = read_json(path)
+    scores = read_any_json(path)
     if is_results(scores):
         scores = read_results(scores, path)
     if not isinstance(scores, dict) or "bench" not in scores:
@@ -247,7 +247,7 @@ def response_key(prompt_id, ids):
     return str(prompt_id), hash(tuple(ids))
 
 
-def read_pairs(folder, logps):
+def read_margins_and_texts(folder, logps):
     """An iteration's pairs as numbers and as texts.
 
     margins (m, 4): tokens chosen minus rejected, s_ref, log-probs of chosen and of rejected, of
@@ -281,7 +281,7 @@ def read_manifests(folder, stage):
     else:
         outputs = finished_files(f"{folder}/{stage}.jsonl")
     paths = [manifest_path(output) for output in outputs]
-    return [read_json(path) for path in paths if os.path.exists(path)]
+    return [read_any_json(path) for path in paths if os.path.exists(path)]
 
 
 def add_counts(manifests):
@@ -299,7 +299,7 @@ def load_iteration(folder):
     steps      records of training, one per step
     answers    {id: record} of the evaluated answers
     responses  (n, 2), see read_responses
-    margins    (m, 4), see read_pairs; texts: [chosen, rejected] of all pairs
+    margins    (m, 4), see read_margins_and_texts; texts: [chosen, rejected] of all pairs
     counts     {stage: {reason: number}}, added up over shards
     summaries  what rank.py says of the pairs, one per shard
     """
@@ -321,7 +321,7 @@ def load_iteration(folder):
                 answers[row["id"]] = row
 
     responses, logps = read_responses(folder)
-    margins, texts = read_pairs(folder, logps)
+    margins, texts = read_margins_and_texts(folder, logps)
 
     # what the stages counted
     manifests = {stage: read_manifests(folder, stage) for stage in STAGES}
