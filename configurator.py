@@ -194,16 +194,9 @@ def cast(where, key, value, default):
     return value
 
 
-def changes(arguments, own, every):
-    """What recipe and command line set, as {key: value} in their order.
-
-    own, every: settings as `declared` gives them, those that the command line may set and those
-    that a recipe may. Raises InputError for a key that is unknown or a value of another type.
-    """
-    recipes = [argument for argument in arguments if not argument.startswith("--")]
-    options = [argument for argument in arguments if argument.startswith("--")]
-
-    # a value behind a space would be taken for the recipe
+def check_spelling(arguments, own):
+    """Raise InputError for a setting that would be taken for the recipe, as a whole or in part."""
+    # a value behind a space
     for option, value in zip(arguments, arguments[1:]):
         if option.startswith("--") and "=" not in option and not value.startswith("--"):
             check_known(option, option.removeprefix("--"), own)
@@ -213,14 +206,26 @@ def changes(arguments, own, every):
         if option.startswith("--") and option.endswith("=") and not stands_alone:
             raise InputError(f"{option} {value}: write {option}{value}")
 
-    # so would a setting without its two dashes
-    for recipe in recipes:
-        setting = recipe.lstrip(DASHES)
-        if not os.path.isfile(recipe) and (setting != recipe or "=" in recipe):
+    # a setting without its two dashes
+    for argument in arguments:
+        setting = argument.lstrip(DASHES)
+        if argument.startswith("--") or os.path.isfile(argument):
+            continue
+        if setting != argument or "=" in argument:
             key, _, _ = setting.partition("=")
-            check_known(recipe, key, own)
-            raise InputError(f"{recipe}: write --{setting}")
+            check_known(argument, key, own)
+            raise InputError(f"{argument}: write --{setting}")
 
+
+def changes(arguments, own, every):
+    """What recipe and command line set, as {key: value} in their order.
+
+    own, every: settings as `declared` gives them, those that the command line may set and those
+    that a recipe may. Raises InputError for a key that is unknown or a value of another type.
+    """
+    check_spelling(arguments, own)
+    recipes = [argument for argument in arguments if not argument.startswith("--")]
+    options = [argument for argument in arguments if argument.startswith("--")]
     if len(recipes) > 1:
         raise InputError(f"one recipe at most, got {' '.join(recipes)}")
 
@@ -391,38 +396,39 @@ def run_node(arguments, every):
     sys.exit(run_with_others(command, changed["nodes"], rank, endpoint))
 
 
-def main():
-    """Check a run for iterate.sh, keep it as out/RUN/recipe.py, print the loop's settings as shell.
+def print_preflight(arguments, every):
+    """Print what a run needs, and do nothing else."""
+    from nanoaipo.estimate import preflight
 
-    With --preflight print what the run needs, with --lock the file that locks its folder, and do
-    nothing else. With --node run iterate.sh on this node, one of several. Of these only node 0
-    writes.
-    """
-    every = declared_by_all()
-    arguments = sys.argv[1:]
-    if "--node" in arguments:
-        run_node([a for a in arguments if a != "--node"], every)
-    if "--preflight" in arguments:
-        from nanoaipo.estimate import preflight
+    every = every | declared("nanoaipo/estimate.py")  # two settings of its own
+    changed, run = settings_of_run(arguments, every)
+    preflight(values_of(every) | changed | {"out": run})
 
-        every |= declared("nanoaipo/estimate.py")  # two settings of its own
-        changed, run = settings_of_run([a for a in arguments if a != "--preflight"], every)
-        preflight(values_of(every) | changed | {"out": run})
-        return
 
-    changed, run = settings_of_run([a for a in arguments if a != "--lock"], every)
+def open_run(arguments, every):
+    """(What is set, the run's folder, whether this node writes to it); the folder is made."""
+    changed, run = settings_of_run(arguments, every)
     several = changed.get("nodes", 1) > 1 or changed.get("this_node", 0) > 0
     if several and "ITERATE_NODES" not in os.environ:
         raise InputError("nodes, this_node: several nodes want --nodes=N on the command line")
     leads = changed.get("this_node", 0) == 0
     if leads:
         os.makedirs(run, exist_ok=True)
-    if "--lock" in arguments:
-        if leads:
-            lock = os.path.join(run, "lock")
-            open(lock, "a").close()  # a folder that takes no file is told here
-            print(lock)
-        return
+    return changed, run, leads
+
+
+def print_lock(arguments, every):
+    """Print the file that locks a run's folder; of several nodes only node 0 has one."""
+    _, run, leads = open_run(arguments, every)
+    if leads:
+        lock = os.path.join(run, "lock")
+        open(lock, "a").close()  # a folder that takes no file is told here
+        print(lock)
+
+
+def print_settings(arguments, every):
+    """Keep a run's settings as out/RUN/recipe.py, and print those of the loop as shell."""
+    changed, run, leads = open_run(arguments, every)
 
     # every stage of the run reads its settings from here
     if leads:
@@ -438,6 +444,25 @@ def main():
         if key == "out":
             value = run
         print(f"{key}={shlex.quote(str(value))}")
+
+
+def main():
+    """Check a run for iterate.sh, and keep and print its settings.
+
+    With --preflight or --lock print what the run needs or the file that locks its folder, and do
+    nothing else. With --node run iterate.sh on this node, one of several.
+    """
+    every = declared_by_all()
+    mode = next((way for way in ("--node", "--preflight", "--lock") if way in sys.argv), None)
+    arguments = [argument for argument in sys.argv[1:] if argument != mode]
+    if mode == "--node":
+        run_node(arguments, every)
+    elif mode == "--preflight":
+        print_preflight(arguments, every)
+    elif mode == "--lock":
+        print_lock(arguments, every)
+    else:
+        print_settings(arguments, every)
 
 
 if __name__ == "__main__":
