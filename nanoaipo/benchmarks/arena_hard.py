@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import itertools
 import os
 import re
 import time
@@ -92,10 +93,8 @@ def score(judgments, model, *, answers="", baseline="", pool="", resamples=1000,
     rows, model = select_model(rows, model_of, judgments, model)
     judge_name = only_judge(rows, judge_of, judgments)
     rows = [(where, without_texts(row)) for where, row in rows]
-    games = []
     if "winner" not in rows[0][1]:  # a question has several battles
         check_no_duplicates(rows, question_key)
-        games = [game for _, row in rows for game in row["games"] if game]
 
     won, _, invalid = tally(rows)
     if not won:
@@ -113,7 +112,7 @@ def score(judgments, model, *, answers="", baseline="", pool="", resamples=1000,
     scores = {
         "model": model,
         "judge": judge_name,
-        **served_scores(games, judgments),
+        **served_scores(judged_games(rows), judgments),
         "date": last_day(rows),
         "invalid": invalid,
     }
@@ -160,7 +159,7 @@ def tally(rows):
     won: what the model has won of the summed weight of a question's games.
     """
     won = collections.defaultdict(lambda: np.zeros(2))
-    category = {}
+    categories = {}
     invalid = 0
     for _, row in rows:
         games = games_of(row)
@@ -172,8 +171,8 @@ def tally(rows):
                 continue
             share, weight = game
             won[question_key(row)] += share * weight, weight
-            category[question_key(row)] = category_of(row)
-    return won, category, invalid
+            categories[question_key(row)] = category_of(row)
+    return won, categories, invalid
 
 
 def read_tokens(answers):
@@ -206,6 +205,14 @@ def games_of(row):
         share, weight = first
         first = 1 - share, weight
     return [first, second]
+
+
+def judged_games(rows):
+    """What the judge has said, of all games in the (where, record) pairs; battles say nothing."""
+    games = []
+    for _, row in rows:
+        games += [game for game in row.get("games", ()) if game]
+    return games
 
 
 def without_texts(row):
@@ -270,6 +277,37 @@ def pool_battles(by_model, model, pool, answers, baseline):
     scored and of the baseline, where they are set.
     """
     is_v2 = "uid" in by_model[model][0][1]
+    styles = read_pool_styles(pool, model, answers, baseline, is_v2)
+
+    # one served judge for all, as within a file
+    served_scores(judged_games(itertools.chain(*by_model.values())), pool)
+
+    # who is compared with whom, and on what
+    battles = collections.defaultdict(list)
+    baselines = {}  # category: the one baseline that all models have there
+    for name, rows in by_model.items():
+        if "winner" not in rows[0][1]:
+            check_no_duplicates(rows, question_key)
+        won, categories, _ = tally(rows)
+        others = {question_key(row): baseline_of(row) for _, row in rows}
+        for key, (share, weight) in won.items():
+            category = categories[key]
+            other = others[key]
+            for side in (name, other):
+                if key not in styles.get(side, {}):
+                    raise InputError(f"--pool={pool}: no answer of {side} to '{key}' in it")
+            if baselines.setdefault(category, other) != other:
+                raise InputError(
+                    f"--pool={pool}: {category} is compared with {other} and with "
+                    f"{baselines[category]}; a pool has one baseline"
+                )
+            difference = style_difference(styles[name][key], styles[other][key], is_v2)
+            battles[category].append(Battle(name, key, share, weight, difference))
+    return battles
+
+
+def read_pool_styles(pool, model, answers, baseline, is_v2):
+    """{model: {key: style}} of the pool's answers, and of these two files where they are set."""
     styles = {}
     for path in pool_files(pool).answers:
         name, of_model = read_styles(path, is_v2)
@@ -281,34 +319,7 @@ def pool_battles(by_model, model, pool, answers, baseline):
         styles[name] = of_model
     if answers:
         _, styles[model] = read_styles(answers, is_v2)
-
-    # one served judge for all, as within a file
-    games = []
-    for rows in by_model.values():
-        for _, row in rows:
-            games += [game for game in row.get("games", ()) if game]
-    served_scores(games, pool)
-
-    # who is compared with whom, and on what
-    battles = collections.defaultdict(list)
-    baselines = {}
-    for name, rows in by_model.items():
-        if "winner" not in rows[0][1]:
-            check_no_duplicates(rows, question_key)
-        won, category, _ = tally(rows)
-        other = {question_key(row): baseline_of(row) for _, row in rows}
-        for key, (share, weight) in won.items():
-            for side in (name, other[key]):
-                if key not in styles.get(side, {}):
-                    raise InputError(f"--pool={pool}: no answer of {side} to '{key}' in it")
-            if baselines.setdefault(category[key], other[key]) != other[key]:
-                raise InputError(
-                    f"--pool={pool}: {category[key]} is compared with {other[key]} and with "
-                    f"{baselines[category[key]]}; a pool has one baseline"
-                )
-            difference = style_difference(styles[name][key], styles[other[key]][key], is_v2)
-            battles[category[key]].append(Battle(name, key, share, weight, difference))
-    return battles
+    return styles
 
 
 def baseline_of(row):
@@ -329,40 +340,46 @@ def judge(ask, bench_data, answers, baseline, judge_model):
     questions = read_questions(bench_data, ours)
     if not questions:
         raise InputError(f"{answers}: answers none of Arena-Hard's questions")
-    settings = {}
-    theirs = {}
+    settings = {}  # category: the judge's
+    theirs = {}  # key: (the baseline's answer, its name)
     for category in {question.get("category") for question in questions.values()}:
         some = {k: q for k, q in questions.items() if q.get("category") == category}
         settings[category] = read_judge_settings(bench_data, next(iter(some.values())))
         theirs |= read_baseline(some, baseline)
 
-    # two games a question, one after the other
-    games = []
+    # all games of all questions are played at once
+    games = {}  # key: the two of a question
     for key, question in questions.items():
-        of_category = settings[question.get("category")]
         their_text, _ = theirs[key]
-        our_text = ours[key].texts[0]
-        for number, a, b in ((1, their_text, our_text), (2, our_text, their_text)):
-            asked = {
-                "messages": fill_template(of_category, first_turn(question), a, b),
-                "temperature": float(of_category["temperature"]),
-                "max_tokens": of_category["max_tokens"],
-                "about": [key, number],
-            }
-            games.append({"asked": asked, "is_v2": "uid" in question})
-    play(games, ask)
+        games[key] = games_to_play(
+            key, question, settings[question.get("category")], ours[key].texts[0], their_text
+        )
+    play(list(itertools.chain(*games.values())), ask)
 
-    # games 2k and 2k + 1 are those of question k
     rows = []
-    for k, (key, question) in enumerate(questions.items()):
+    for key, question in questions.items():
         fields = {
             "model": model,
             "judge": judge_model,
             "baseline": theirs[key][1],
             "tstamp": time.time(),
         }
-        rows.append(record_of(key, question, fields, games[2 * k : 2 * k + 2]))
+        rows.append(record_of(key, question, fields, games[key]))
     return rows
+
+
+def games_to_play(key, question, settings, ours, theirs):
+    """The two games of a question, as play takes them; settings: the judge's."""
+    games = []
+    for number, a, b in ((1, theirs, ours), (2, ours, theirs)):
+        asked = {
+            "messages": fill_template(settings, first_turn(question), a, b),
+            "temperature": float(settings["temperature"]),
+            "max_tokens": settings["max_tokens"],
+            "about": [key, number],
+        }
+        games.append({"asked": asked, "is_v2": "uid" in question})
+    return games
 
 
 def read_judge_settings(bench_data, question):

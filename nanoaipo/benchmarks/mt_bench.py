@@ -126,21 +126,23 @@ def judge(ask, bench_data, answers, baseline, judge_model):
 
         prompts = prompts_of(question, texts, references, templates)
         for turn, (name, messages) in enumerate(prompts, 1):
-            row = {
-                "question_id": key,
-                "model": model,
-                "judge": [judge_model, name],
-                "user_prompt": messages[1]["content"],
-                "turn": turn,
-            }
-            grading = {
-                "messages": messages,
-                "temperature": 0.0,
-                "max_tokens": 2048,
-                "about": [key, turn],
-            }
-            rows.append(row)
-            questions.append(grading)
+            rows.append(
+                {
+                    "question_id": key,
+                    "model": model,
+                    "judge": [judge_model, name],
+                    "user_prompt": messages[1]["content"],
+                    "turn": turn,
+                }
+            )
+            questions.append(
+                {
+                    "messages": messages,
+                    "temperature": 0.0,
+                    "max_tokens": 2048,
+                    "about": [key, turn],
+                }
+            )
     if not rows:
         raise InputError(f"{answers}: answers none of MT-Bench's questions")
 

@@ -118,22 +118,16 @@ def controlled_win_rate(battles, model, resamples=100):
     battles: a Battle for each question of each model in the pool, all against one baseline. The
     interval is a bootstrap over questions; the official code draws battles.
     """
-    names, model_index = np.unique([battle.model for battle in battles], return_inverse=True)
-    keys, question_index = np.unique([str(battle.key) for battle in battles], return_inverse=True)
     weight = np.array([battle.weight for battle in battles])  # (N,)
     share = np.array([battle.won for battle in battles]) / weight  # (N,)
-
-    # standardised over single battles, of which a strong verdict is three
-    difference = np.array([battle.difference for battle in battles])  # (N, 4)
-    mean = np.average(difference, axis=0, weights=weight)  # (4,)
-    sd = np.sqrt(np.average((difference - mean) ** 2, axis=0, weights=weight))  # (4,)
-    sd[sd == 0] = 1  # a style that all share: the column is 0
-    one_hot = np.eye(len(names))[model_index]  # (N, M)
-    features = np.column_stack([one_hot, (difference - mean) / sd])  # (N, M + 4)
+    names, features = battle_features(battles, weight)
 
     # the strength of the model is one of the first M coefficients
-    place = list(names).index(model)
+    place = names.index(model)
     beta = fit_battles(features, share, weight, np.zeros(len(names) + 4))
+
+    # the battles of a question are drawn together
+    keys, question_index = np.unique([str(battle.key) for battle in battles], return_inverse=True)
     rng = np.random.default_rng(0)
     rates = []
     for _ in range(resamples):
@@ -144,6 +138,19 @@ def controlled_win_rate(battles, model, resamples=100):
         "sc_win_rate": 100 * float(sigmoid(beta[place])),
         "sc_win_rate_ci": (100 * np.percentile(rates, [2.5, 97.5])).tolist(),
     }
+
+
+def battle_features(battles, weight):
+    """(Names of the M models, features (N, M + 4)): who fights, and how the styles differ."""
+    names, model_index = np.unique([battle.model for battle in battles], return_inverse=True)
+    one_hot = np.eye(len(names))[model_index]  # (N, M)
+
+    # standardised over single battles, of which a strong verdict is three
+    difference = np.array([battle.difference for battle in battles])  # (N, 4)
+    mean = np.average(difference, axis=0, weights=weight)  # (4,)
+    sd = np.sqrt(np.average((difference - mean) ** 2, axis=0, weights=weight))  # (4,)
+    sd[sd == 0] = 1  # a style that all share: the column is 0
+    return list(names), np.column_stack([one_hot, (difference - mean) / sd])
 
 
 def fit_battles(features, share, weight, start):
