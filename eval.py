@@ -95,9 +95,15 @@ def evaluate_win_rate():
         **score_answers(prompts, ours, theirs, won),
     }
     write_json_output(out, manifest, scores)
+    print_win_rate(scores)
+    print_length_alarm(scores)
+    print_guard_alarms(scores)
 
+
+def print_win_rate(scores):
+    """Print the scores on one line, and before it one that says where no guard is."""
     text = {key: format_score(value) for key, value in scores.items()}
-    who = with_served(judge, scores.get("served_model"))
+    who = with_served(scores["judge"], scores.get("served_model"))
     truth = ""
     if scores["accuracy"] is not None:
         truth += f"accuracy {text['accuracy']} %, "
@@ -111,25 +117,28 @@ def evaluate_win_rate():
         f"length-controlled {text['lc_win_rate']} %, {truth}"
         f"{text['length']} {text['length_unit']}, n {text['n']}, by {who} -> {out}"
     )
+
+
+def print_length_alarm(scores):
+    """Say where the answers are far longer than the baseline's."""
     if scores["length"] > LENGTH_ALARM * scores["baseline_length"] > 0:
         ratio = scores["length"] / scores["baseline_length"]
         print(
             f"LENGTH ALARM: answers are {ratio:.1f} times as long as the baseline's; "
             "judges like length, so do not read this win rate as quality"
         )
-    print_guard_alarms(scores)
 
 
 def print_guard_alarms(scores):
     """Say where the answers beat the baseline's before the judge and fall behind them in truth."""
-    before = scores["guard_of_baseline"]
     if not lies_above(scores["win_rate_ci"], [50, 50]):
         return
-    for guard in GUARDS:
+    before = scores["guard_of_baseline"]
+    for guard, words in GUARDS.items():
         if lies_above(guard_interval(before, guard), guard_interval(scores, guard)):
             print(
                 f"GUARD ALARM: win rate rises, guard falls: the judge prefers these answers "
-                f"({scores['win_rate']:.1f} % wins), but {guard} is {scores[guard]:.1f} %, and "
+                f"({scores['win_rate']:.1f} % wins), but the {words} is {scores[guard]:.1f} %, and "
                 f"{before[guard]:.1f} % in the baseline's; their intervals do not touch"
             )
 

@@ -15,7 +15,8 @@ from nanoaipo.following import instructions_of, share_followed
 from nanoaipo.grading import is_right
 from nanoaipo.stats import interval, wilson_interval
 
-GUARDS = ("accuracy", "followed")  # what can raise the alarm
+# what can raise the alarm, and what a sentence calls it
+GUARDS = {"accuracy": "accuracy", "followed": "share of prompts followed"}
 NO_GUARD = (
     "no guard: no prompt carries an 'answer', so nothing but the judge says what was learned; "
     "python -m nanoaipo.add_instructions gives prompts some"

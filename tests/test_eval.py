@@ -265,8 +265,8 @@ def test_a_win_rate_above_half_with_a_lower_guard_raises_an_alarm(tmp_path, caps
     assert (scores["n_accuracy"], scores["n_followed"]) == (n, n)
     before = scores["guard_of_baseline"]
     assert (before["accuracy"], before["followed"], scores["accuracy"]) == (100, 100, 0)
-    for guard in ("accuracy", "followed"):
-        assert f"(100.0 % wins), but {guard} is 0.0 %, and 100.0 % in the baseline's" in printed
+    for words in ("accuracy", "share of prompts followed"):
+        assert f"(100.0 % wins), but the {words} is 0.0 %, and 100.0 % in the baseline's" in printed
 
     rate(tmp_path, good, bad, **settings)
     assert "GUARD ALARM" not in capsys.readouterr().out

@@ -78,9 +78,9 @@ def load_runs(folders):
 
 
 def print_table(runs):
+    """Print the numbers of all iterations, who judged, and what the win rates do not say."""
     lines = judge_lines(runs)
     shown = columns(runs)
-    width = max(len(name) for name in runs)
 
     # where several judge, a column says by its number whose it is
     heads = []
@@ -90,8 +90,23 @@ def print_table(runs):
             head += lines[column.source].split()[0]
         heads.append(head)
 
-    # two lines per iteration: its numbers, and below them half their 95 % intervals
-    table = [("run", "t", heads)]
+    width = max(len(name) for name in runs)
+    for name, t, cells in [("run", "t", heads), *table_rows(runs, shown)]:
+        cells = [f"{cell:>{max(8, len(head))}}" for cell, head in zip(cells, heads)]
+        print(f"{name:{width}}  {t:>2}  {'  '.join(cells)}".rstrip())
+    print("±: half the width of a 95 % interval")
+    print("\n".join(lines.values()))
+
+    for name, sentences in guard_alarms(runs).items():
+        for sentence in sentences:
+            print(f"GUARD ALARM: {name}: win rate rises, guard falls: {sentence}")
+    for name in without_guard(runs):
+        print(f"{name}: {NO_GUARD}")
+
+
+def table_rows(runs, shown):
+    """(name, t, cells) of two lines per iteration: its numbers, and half their 95 % intervals."""
+    rows = []
     for name, t, iteration in all_iterations(runs):
         if not iteration["scores"]:
             continue
@@ -101,22 +116,10 @@ def print_table(runs):
             scores = iteration["scores"].get(column.source, {})
             numbers.append(format_number(scores.get(column.field), column.field))
             margins.append(format_margin(scores, column.field))
-        table.append((name, t, numbers))
+        rows.append((name, t, numbers))
         if any(margins):
-            table.append(("", "", margins))
-
-    for name, t, cells in table:
-        cells = [f"{cell:>{max(8, len(head))}}" for cell, head in zip(cells, heads)]
-        print(f"{name:{width}}  {t:>2}  {'  '.join(cells)}".rstrip())
-    print("±: half the width of a 95 % interval")
-    print("\n".join(lines.values()))
-
-    # what the win rates do not say
-    for name, sentences in guard_alarms(runs).items():
-        for sentence in sentences:
-            print(f"GUARD ALARM: {name}: win rate rises, guard falls: {sentence}")
-    for name in without_guard(runs):
-        print(f"{name}: {NO_GUARD}")
+            rows.append(("", "", margins))
+    return rows
 
 
 def format_margin(scores, field):

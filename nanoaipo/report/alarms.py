@@ -47,8 +47,6 @@ def length_alarms(runs):
 
 # ---- guard ----
 
-IN_WORDS = {"accuracy": "accuracy", "followed": "share of prompts followed"}  # fields of GUARDS
-
 
 def guards_of(all_scores):
     """[Column]: what is said of an iteration's answers without a judge; {Source: scores}."""
@@ -125,7 +123,7 @@ def guard_alarms(runs):
 
 def guard_in_words(guard):
     """What fell: "the accuracy", "the guard's accuracy" or "exact_match of lm_eval gsm8k"."""
-    words = IN_WORDS.get(guard.field, field_title(guard.field))
+    words = GUARDS.get(guard.field, field_title(guard.field))
     if guard.source.bench == "win_rate":
         return f"the {words}"
     if guard.source.bench == "guard":
