@@ -116,14 +116,7 @@ def judge(ask, bench_data, answers, baseline, judge_model):
         if key not in ours:
             continue
         texts = ours[key].texts
-        if len(texts) != len(question["turns"]):
-            raise InputError(
-                f"{answers}: {len(texts)} answers to the {len(question['turns'])} turns of "
-                f"question {key}"
-            )
-        if question["category"] in REFERRED and key not in references:
-            raise InputError(f"{where}: its reference answer is missing in reference_answer/")
-
+        check_question(question, where, texts, answers, references)
         prompts = prompts_of(question, texts, references, templates)
         for turn, (name, messages) in enumerate(prompts, 1):
             rows.append(
@@ -153,6 +146,21 @@ def judge(ask, bench_data, answers, baseline, judge_model):
         row["tstamp"] = time.time()
         row |= served_fields(reply)
     return rows
+
+
+def check_question(question, where, texts, answers, references):
+    """Raise InputError for a turn without an answer, or a question without its reference answer.
+
+    texts: the answers to its turns; where, answers: its line and their file, for messages.
+    """
+    key = question["question_id"]
+    if len(texts) != len(question["turns"]):
+        raise InputError(
+            f"{answers}: {len(texts)} answers to the {len(question['turns'])} turns of "
+            f"question {key}"
+        )
+    if question["category"] in REFERRED and key not in references:
+        raise InputError(f"{where}: its reference answer is missing in reference_answer/")
 
 
 def read_questions(bench_data):

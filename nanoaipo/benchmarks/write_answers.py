@@ -147,6 +147,14 @@ def answer_block(
     n_turns = [len(turns_of(row)) for row in rows]
     temperatures = [temperature_of(row, temperature) for row in rows]
 
+    def request(k, turn):
+        """A conversation as ids, and the seed of what answers it."""
+        row = rows[k]
+        where = f"{prompts}: prompt '{row['id']}'"
+        own = row_arguments(tokenizer, where, row, arguments)
+        ids = render(tokenizer, conversations[k], where, control, arguments=own)
+        return ids, derive_seed(seed, iteration, row["id"], turn)
+
     for turn in range(max(n_turns)):
         going = [k for k in range(len(rows)) if turn < n_turns[k]]
         if turn > 0:  # the first turn is the prompt
@@ -157,14 +165,7 @@ def answer_block(
         # one call of the engine for each temperature
         for value in sorted({temperatures[k] for k in going}):
             asked = [k for k in going if temperatures[k] == value]
-            requests = []
-            for k in asked:
-                where = f"{prompts}: prompt '{rows[k]['id']}'"
-                own = row_arguments(tokenizer, where, rows[k], arguments)
-                ids = render(tokenizer, conversations[k], where, control, arguments=own)
-                requests.append((ids, derive_seed(seed, iteration, rows[k]["id"], turn)))
-
-            # the answer enters the conversation as text, as a user would see it
+            requests = [request(k, turn) for k in asked]
             sampled = sample(
                 requests,
                 n_responses=1,
@@ -173,6 +174,8 @@ def answer_block(
                 top_p=top_p,
                 max_new_tokens=max_new_tokens,
             )
+
+            # the answer enters the conversation as text, as a user would see it
             for k, (prompt_ids, _), (response,) in zip(asked, requests, sampled):
                 answer = response_record(tokenizer, prompt_ids, *response)
                 answers[k].append(answer)

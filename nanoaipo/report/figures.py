@@ -340,7 +340,10 @@ def last_iteration(run):
 
 def differing_settings(runs):
     """{name: the settings in which the runs differ, one a line}; the name where none differs."""
-    keys = dict.fromkeys(key for run in runs.values() for key in run["settings"])
+    keys = {}  # those of all runs, in their order
+    for run in runs.values():
+        keys |= run["settings"]
+
     differing = []
     for key in keys:
         values = {repr(run["settings"].get(key)) for run in runs.values()}

@@ -4,6 +4,7 @@ page.html escapes all it prints, so what models, prompts, settings and names say
 page runs no script and loads nothing.
 """
 
+import collections
 import itertools
 import os
 
@@ -157,7 +158,9 @@ def categories_table(runs, source):
     if not scores:
         return None
 
-    categories = dict.fromkeys(category for row in scores.values() for category in row)
+    categories = {}  # those of all rows, in their order
+    for row in scores.values():
+        categories |= row
     cells = {}
     for key, row in scores.items():
         cells[key] = [format_number(row.get(category), "score") for category in categories]
@@ -196,11 +199,11 @@ def share_longer_won(summaries):
 
 def counts_table(runs):
     """What each stage counted, and the names of what was 0 everywhere."""
-    total = {}
+    total = collections.Counter()
     for stage in STAGES:
         for _, _, iteration in all_iterations(runs):
             for key, n in iteration["counts"][stage].items():
-                total[stage, key] = total.get((stage, key), 0) + n
+                total[stage, key] += n
     nonzero = [column for column in total if total[column]]
     zero = [f"{STAGES[stage]}: {key}" for stage, key in total if not total[stage, key]]
 
@@ -275,13 +278,17 @@ def answered_prompts(run):
     if not answered:
         return []
     first = next(iter(answered.values()))
-    same = [key for key in first if all(key in records for records in answered.values())]
+    same = list(first)
+    for records in answered.values():
+        same = [key for key in same if key in records]
 
     prompts = []
     for key in same[:MAX_PROMPTS]:
         text = conversation(first[key]["prompt"])[:MAX_CHARACTERS]
-        versions = [answer(t, records[key]["responses"][0]) for t, records in answered.items()]
-        prompts.append({"text": text, "answers": versions})
+        shown = []
+        for t, records in answered.items():
+            shown.append(shown_answer(t, records[key]["responses"][0]))
+        prompts.append({"text": text, "answers": shown})
     return prompts
 
 
@@ -292,7 +299,7 @@ def conversation(messages):
     return "\n\n".join(f"{m['role']}: {m['content']}" for m in messages)
 
 
-def answer(t, response):
+def shown_answer(t, response):
     """The answer of iteration t; more: how many characters are left out."""
     text = response["text"]
     size = f"{len(text):,} characters"
@@ -308,8 +315,12 @@ def answer(t, response):
 
 def settings_table(runs):
     """The settings that recipes set; None without any."""
+    keys = {}  # those of all recipes, in their order
+    for run in runs.values():
+        keys |= run["recipe"]
+
     rows = []
-    for key in dict.fromkeys(key for run in runs.values() for key in run["recipe"]):
+    for key in keys:
         cells = [str(run["recipe"].get(key, "-")) for run in runs.values()]
         differ = "differ" if len(set(cells)) > 1 else ""
         rows.append({"name": key, "class": differ, "cells": cells})

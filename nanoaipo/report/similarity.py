@@ -51,7 +51,10 @@ def similarities(runs):
     if not samples:
         return "", {}
 
-    texts = [text for pairs in samples.values() for pair in pairs for text in pair]
+    texts = []
+    for pairs in samples.values():
+        for chosen, rejected in pairs:
+            texts += [chosen, rejected]
     method, encode = text_encoder(texts)
     cosines = {}
     for key, pairs in samples.items():
