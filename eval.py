@@ -1,4 +1,4 @@
-"""Evaluate answers: win rate by a judge here, or AlpacaEval 2.0, MT-Bench, Arena-Hard.
+"""Evaluate answers: win rate by a judge here, or AlpacaEval 2.0, MT-Bench, Arena-Hard, WildBench.
 
     python eval.py config/tiny.py --out=eval.json \\
         --answers=out/tiny/iter_3/answers.jsonl --baseline=out/tiny/iter_0/answers.jsonl
@@ -207,6 +207,10 @@ def win_of(log_odds):
     return float(log_odds > 0)
 
 
+def n_characters(response):
+    return len(response["text"])
+
+
 def score_answers(prompts, ours, theirs, won):
     """All scores of our answers, with intervals; won (N,) as judge_answers gives it."""
     judged = won[~np.isnan(won)]
@@ -214,14 +218,13 @@ def score_answers(prompts, ours, theirs, won):
         raise InputError(f"--eval_ranker={eval_ranker}: not one readable verdict")
 
     # lengths in tokens, the end token included, where every answer has its ids; thoughts aside
+    unit = "characters"
+    length_of = n_characters
     if all("ids" in response for response in ours + theirs):
         unit = "tokens"
-        lengths = np.array([answer_length(response) for response in ours])  # (N,)
-        baseline_lengths = np.array([answer_length(response) for response in theirs])  # (N,)
-    else:
-        unit = "characters"
-        lengths = np.array([len(response["text"]) for response in ours])  # (N,)
-        baseline_lengths = np.array([len(response["text"]) for response in theirs])  # (N,)
+        length_of = answer_length
+    lengths = np.array([length_of(response) for response in ours])  # (N,)
+    baseline_lengths = np.array([length_of(response) for response in theirs])  # (N,)
 
     scores = {"n": len(judged), "invalid": len(won) - len(judged)}
     scores |= guard_scores(prompts, ours)
@@ -290,10 +293,9 @@ def evaluate_benchmark():
         ask_for_judgments(BENCHMARKS[bench])
 
     # the scores depend on these settings alone
-    used = ("bench", "answer_name", "judgments", "answers", "baseline", "lc_data")
-    inputs = [key for key in ("answers", "baseline", "lc_data") if config[key]]
-    settings = {key: config[key] for key in used}
-    files = {"answers": answers, "lc_data": lc_data, "baseline": baseline}
+    files = {"answers": answers, "baseline": baseline, "lc_data": lc_data}
+    inputs = [key for key, path in files.items() if path]
+    settings = {"bench": bench, "answer_name": answer_name, "judgments": judgments, **files}
     if pool:
         if bench != "arena_hard":
             raise InputError(f"--pool={pool}: only arena_hard has style control")

@@ -69,38 +69,36 @@ def model_output(row, name):
 
 
 def model_answer(row, name):
-    """An answer, stripped, as its benchmark keeps it.
-
-    FastChat's MT-Bench has several turns; Arena-Hard v0.1 has one; v2.0 has a uid, no turns, and
-    the answer's style.
-    """
+    """An answer, stripped, as FastChat's MT-Bench, Arena-Hard v0.1 or Arena-Hard v2.0 keeps it."""
     answers = row["responses"] + row.get("later_responses", [])
     # FastChat and Arena-Hard strip
     texts = [answer["text"].strip() for answer in answers]
+    n_policy_tokens = answer_length(answers[0])
+    if "turns" not in row:
+        return v2_answer(row, name, texts[0], n_policy_tokens)
+
     record = {
         "question_id": row.get("question_id", row["id"]),
         "answer_id": f"{name}-{row['id']}",
         "model_id": name,
         "tstamp": 0,
     }
-    if len(texts) > 1:
-        record["choices"] = [{"index": 0, "turns": texts}]
-        return record
-
-    text = texts[0]
-    n_policy_tokens = answer_length(answers[0])
-    if "turns" in row:
-        n_tokens, counter = token_length(text, "cl100k_base", n_policy_tokens)
+    turns = texts
+    if len(texts) == 1:  # Arena-Hard's: with its length
+        n_tokens, counter = token_length(texts[0], "cl100k_base", n_policy_tokens)
         record["token_len_by"] = counter
-        turn = {"content": text, "token_len": n_tokens}
-        record["choices"] = [{"index": 0, "turns": [turn]}]
-        return record
+        turns = [{"content": texts[0], "token_len": n_tokens}]
+    record["choices"] = [{"index": 0, "turns": turns}]
+    return record
 
+
+def v2_answer(row, name, text, n_policy_tokens):
+    """An answer as Arena-Hard v2.0 keeps it: with a uid, without turns, with the answer's style."""
     n_tokens, counter = token_length(text, "o200k_base", n_policy_tokens)
     answer = {"role": "assistant", "content": {"answer": text}}
     return {
         "uid": row["uid"],
-        "ans_id": record["answer_id"],
+        "ans_id": f"{name}-{row['id']}",
         "model": name,
         "tstamp": 0,
         # show_result.py sums these by their position

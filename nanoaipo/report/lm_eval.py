@@ -47,6 +47,7 @@ def read_results(record, path):
         reason = f"{type(e).__name__}: {e}"
         raise InputError(f"{path}: not results of lm-evaluation-harness 0.4 ({reason})") from e
 
+    # a group's numbers are those of its tasks, which would be told twice
     kept = {}
     for task, scores in tasks.items():
         if has_metrics(scores) and task not in in_groups:
@@ -67,10 +68,13 @@ def task_scores(record, task):
     n = row.get("sample_len", n_samples.get("effective"))
     if n is not None:
         scores["n"] = n
+
     for key, value in row.items():
         metric, comma, name = key.partition(",")
         if not comma or metric.endswith("_stderr") or not is_number(value):
             continue
+
+        # a share of questions is told in percent, and the first of them is the guard
         scale = 1
         if is_share(metric):
             scale = 100
