@@ -5,9 +5,10 @@
 
 A benchmark is a file with these two functions, the SUFFIX of its judgments files, and an entry
 below. Published judgments and our own go through the same `score`; rates are in percent. `ask`
-takes questions to the judge and returns its replies, in their order. What a judge is asked, and
-about what, stands in the benchmark's own files (`bench_data`: a clone of its repository); nothing
-of them is kept here.
+takes questions to the judge and returns its replies, in their order. A verdict that stands in the
+thought of a reply is none (verdicts.without_thought). What a judge is asked, and about what,
+stands in the benchmark's own files (`bench_data`: a clone of its repository); nothing of them is
+kept here.
 """
 
 from nanoaipo.benchmarks import alpaca_eval, arena_hard, mt_bench, wild_bench

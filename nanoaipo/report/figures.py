@@ -126,18 +126,9 @@ def metric_panel(runs, metric, x_label, x_of, label_of=None):
     x_of(t, run, source) is the horizontal position of an iteration, or None.
     label_of(name, t), if given, is the text beside a point; else intervals are drawn.
     """
-    source, field = metric
-
-    # the points of each run
     lines = {}
     for name, run in runs.items():
-        points = []
-        for t, iteration in run["iterations"].items():
-            row = iteration["scores"].get(source, {})
-            if is_number(row.get(field)):
-                x = x_of(t, run, source)
-                if x is not None:
-                    points.append(Point(t, x, row[field], row.get(field + "_ci")))
+        points = metric_points(run, metric, x_of)
         if points:
             lines[name] = points
     if not lines:
@@ -149,7 +140,21 @@ def metric_panel(runs, metric, x_label, x_of, label_of=None):
         ranges.append(f"{name} from {points[0].y:.4g} to {points[-1].y:.4g}")
 
     draw = partial(draw_lines, runs, lines, x_of is iteration_number, label_of)
-    return Panel(metric_title(source, field), x_label, "", draw, "; ".join(ranges))
+    return Panel(metric_title(*metric), x_label, "", draw, "; ".join(ranges))
+
+
+def metric_points(run, metric, x_of):
+    """The Points of a run's iterations, those that have the metric and a horizontal position."""
+    source, field = metric
+    points = []
+    for t, iteration in run["iterations"].items():
+        row = iteration["scores"].get(source, {})
+        if not is_number(row.get(field)):
+            continue
+        x = x_of(t, run, source)
+        if x is not None:
+            points.append(Point(t, x, row[field], row.get(field + "_ci")))
+    return points
 
 
 def draw_lines(runs, lines, integer_ticks, label_of, axis):
