@@ -136,7 +136,7 @@ def score_pairs(rows, name, judgments):
         raise InputError(
             f"{judgments}: {name} against {' and '.join(sorted(baselines))}; one file each"
         )
-    whole = [all(map(is_whole, row["model_outputs"].values())) for row in judged]
+    whole = [is_whole_pair(row) for row in judged]
 
     # rewards with and without a margin
     scores = {**judgment_counts(rows, len(judged)), "baseline": baselines.pop()}
@@ -166,7 +166,7 @@ def reward_of(row, name, margin=None):
     """
     outputs = row["model_outputs"]
     winner = row["winner"]
-    if winner == "tie" or not all(map(is_whole, outputs.values())):
+    if winner == "tie" or not is_whole_pair(row):
         return 0
     longer = len(outputs[winner]) - len(outputs[other_than(winner, outputs)])
     if row["extent"] == 1 and margin is not None and longer > margin:
@@ -186,6 +186,11 @@ def other_than(name, outputs):
 def is_whole(text):
     """Whether a response was shown to the judge as it is: not empty, not cut."""
     return text not in ("", EMPTY) and not text.endswith(CUT)
+
+
+def is_whole_pair(row):
+    """Whether both responses of a pair are whole; one that is not makes a tie."""
+    return all(is_whole(text) for text in row["model_outputs"].values())
 
 
 def mean_length(texts):

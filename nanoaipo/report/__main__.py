@@ -17,7 +17,7 @@ import sys
 import matplotlib
 import matplotlib.pyplot as plt
 
-from configurator import SCRIPTS, declared, literals, run_script, values_of
+from configurator import declared_by_all, literals, run_script, values_of
 from nanoaipo.errors import InputError
 from nanoaipo.guard import NO_GUARD
 from nanoaipo.report.alarms import guard_alarms, without_guard
@@ -42,7 +42,7 @@ def main():
     runs = load_runs(folders)
     print_table(runs)
 
-    # the figures lie beside the runs, the report of a single run in it
+    # the figures lie beside the runs
     parents = [os.path.dirname(os.path.abspath(folder)) for folder in folders]
     common = os.path.commonpath(parents)
     matplotlib.use("Agg")
@@ -50,7 +50,10 @@ def main():
     for path in draw_pngs(runs, common):
         print(path)
 
-    page = os.path.join(folders[0] if len(folders) == 1 else common, "report.html")
+    # so does the report, but that of a single run in it
+    page = os.path.join(common, "report.html")
+    if len(folders) == 1:
+        page = os.path.join(folders[0], "report.html")
     with open(page + ".tmp", "w", encoding="utf-8", errors="replace") as f:
         f.write(render_page(runs))
     os.replace(page + ".tmp", page)
@@ -59,9 +62,7 @@ def main():
 
 def load_runs(folders):
     """{name: run}; named by their folders, or by the whole paths where two folders share a name."""
-    defaults = {}
-    for script in SCRIPTS:
-        defaults |= values_of(declared(script))
+    defaults = values_of(declared_by_all())
     names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
     if len(set(names)) < len(names):
         names = folders
