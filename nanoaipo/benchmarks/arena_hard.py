@@ -282,28 +282,33 @@ def pool_battles(by_model, model, pool, answers, baseline):
     # one served judge for all, as within a file
     served_scores(judged_games(itertools.chain(*by_model.values())), pool)
 
-    # who is compared with whom, and on what
+    # in each category all models have one baseline
     battles = collections.defaultdict(list)
-    baselines = {}  # category: the one baseline that all models have there
+    baselines = {}
     for name, rows in by_model.items():
-        if "winner" not in rows[0][1]:
-            check_no_duplicates(rows, question_key)
-        won, categories, _ = tally(rows)
-        others = {question_key(row): baseline_of(row) for _, row in rows}
-        for key, (share, weight) in won.items():
-            category = categories[key]
-            other = others[key]
-            for side in (name, other):
-                if key not in styles.get(side, {}):
-                    raise InputError(f"--pool={pool}: no answer of {side} to '{key}' in it")
+        for category, other, battle in model_battles(name, rows, styles, pool, is_v2):
             if baselines.setdefault(category, other) != other:
                 raise InputError(
                     f"--pool={pool}: {category} is compared with {other} and with "
                     f"{baselines[category]}; a pool has one baseline"
                 )
-            difference = style_difference(styles[name][key], styles[other][key], is_v2)
-            battles[category].append(Battle(name, key, share, weight, difference))
+            battles[category].append(battle)
     return battles
+
+
+def model_battles(name, rows, styles, pool, is_v2):
+    """Yield (category, baseline, Battle) of each question that a model was judged on."""
+    if "winner" not in rows[0][1]:
+        check_no_duplicates(rows, question_key)
+    won, categories, _ = tally(rows)
+    others = {question_key(row): baseline_of(row) for _, row in rows}
+    for key, (share, weight) in won.items():
+        other = others[key]
+        for side in (name, other):
+            if key not in styles.get(side, {}):
+                raise InputError(f"--pool={pool}: no answer of {side} to '{key}' in it")
+        difference = style_difference(styles[name][key], styles[other][key], is_v2)
+        yield categories[key], other, Battle(name, key, share, weight, difference)
 
 
 def read_pool_styles(pool, model, answers, baseline, is_v2):
