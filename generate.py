@@ -257,24 +257,8 @@ def instructions(manifest):
 def answers(manifest):
     """One answer to each turn of each prompt."""
     tokenizer, eos_ids = load_tokenizer(model)
-    write_answers(
-        out,
-        manifest,
-        tokenizer,
-        functools.partial(start_engine, eos_ids),
-        model=model,
-        prompts=prompts,
-        prompt_field=prompt_field,
-        n_prompts=n_prompts,
-        iteration=iteration,
-        seed=seed,
-        block=block,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-        arguments=template_arguments(template_kwargs, date),
-    )
+    start = functools.partial(start_engine, eos_ids)
+    write_answers(manifest, tokenizer, start, SimpleNamespace(**config))
 
 
 TASKS = {"candidates": candidates, "instructions": instructions, "answers": answers}

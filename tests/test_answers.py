@@ -1,6 +1,7 @@
 """Answers to benchmarks' questions, turn after turn, and the benchmarks' own files of them."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import PLAIN, ROOT, build_tokenizer, run, torchrun
 from test_generate import kill_midway, read_counts, read_rows, write_rows
 from test_loop import world  # noqa: F401 (a fixture)
 
+from configurator import declared
 from nanoaipo import chat
 from nanoaipo.benchmarks import write_answers
 from nanoaipo.benchmarks.official_files import model_answer
@@ -24,6 +26,19 @@ QUESTIONS = [
 def all_responses(row):
     """The responses to every turn of a question."""
     return row["responses"] + row["later_responses"]
+
+
+def settings_of_generate(tmp_path, model):
+    """The settings of generate.py at their defaults, but for those of a small file of questions."""
+    every = {key: value for key, (value, *_) in declared("generate.py").items()}
+    changed = {
+        "model": model,
+        "prompts": f"{tmp_path}/q.jsonl",
+        "out": f"{tmp_path}/a.jsonl",
+        "n_prompts": 0,
+        "max_new_tokens": 16,
+    }
+    return SimpleNamespace(**every | changed)
 
 
 # --------------------------------------------------------------------------------- turn after turn
@@ -190,23 +205,8 @@ def test_a_question_that_cannot_be_asked_is_dropped_and_counted(tmp_path, monkey
     def answer(rows):
         write_rows(tmp_path / "q.jsonl", rows)
         manifest = {"settings": {}, "inputs": {}}
-        write_answers.write_answers(
-            f"{tmp_path}/a.jsonl",
-            manifest,
-            tokenizer,
-            lambda max_tokens: sample,
-            model="model",
-            prompts=f"{tmp_path}/q.jsonl",
-            prompt_field="",
-            n_prompts=0,
-            iteration=0,
-            seed=0,
-            block=8,
-            temperature=0.4,
-            top_k=50,
-            top_p=1.0,
-            max_new_tokens=16,
-        )
+        settings = settings_of_generate(tmp_path, "model")
+        write_answers.write_answers(manifest, tokenizer, lambda max_tokens: sample, settings)
         return manifest["counts"]
 
     counts = answer(rows)
@@ -243,23 +243,9 @@ def test_answers_ask_for_no_more_room_than_they_may_take(world, tmp_path, monkey
 
     # Mistral-Nemo was built for 1,024,000 tokens: no cache holds that
     monkeypatch.setattr(write_answers, "context_length", lambda model: 1_024_000)
-    write_answers.write_answers(
-        f"{tmp_path}/a.jsonl",
-        {"settings": {}, "inputs": {}},
-        tokenizer,
-        start_engine,
-        model="Mistral-Nemo",
-        prompts=f"{tmp_path}/q.jsonl",
-        prompt_field="",
-        n_prompts=0,
-        iteration=0,
-        seed=0,
-        block=2048,
-        temperature=0.4,
-        top_k=50,
-        top_p=1.0,
-        max_new_tokens=16,
-    )
+    settings = settings_of_generate(tmp_path, "Mistral-Nemo")
+    manifest = {"settings": {}, "inputs": {}}
+    write_answers.write_answers(manifest, tokenizer, start_engine, settings)
 
     assert len(rooms) == 1
     assert rooms[0] < 300
