@@ -3,7 +3,10 @@
 import re
 
 import findings  # of bench/, where conftest.py looks too
+import numpy as np
+import pytest
 from conftest import ROOT
+from scipy import stats
 
 PAGE = ROOT / "docs" / "findings.md"
 
@@ -21,3 +24,16 @@ def test_the_page_links_to_files_that_are_there():
 
     assert "findings_why.md" in links
     assert [link for link in links if not (PAGE.parent / link).exists()] == []
+
+
+def test_the_interval_of_a_difference_is_that_of_welchs_test():
+    one = [80.0, 84.0, 89.5]
+    other = [74.0, 78.0, 81.4]
+    interval = stats.ttest_ind(one, other, equal_var=False).confidence_interval()
+
+    mean, half = findings.difference(
+        (np.mean(one), np.std(one, ddof=1)), (np.mean(other), np.std(other, ddof=1))
+    )
+
+    assert (mean - half, mean + half) == pytest.approx((interval.low, interval.high))
+    assert "not resolved" in findings.claim_row("x", None, "y")
