@@ -495,11 +495,15 @@ def summary(pairs):
 def print_summary(numbers):
     """One line of what `summary` gives."""
     low, high = numbers["longer_won_95"]
-    print(
-        f"gap {numbers['gap']:.3f}, z {numbers['z']:.3f}; chosen {numbers['chosen']:.1f} "
-        f"and rejected {numbers['rejected']:.1f} {numbers['unit']}; "
+    longer_won = (
         f"the longer one won in {numbers['longer_won']:.1%} of {numbers['longer_won_n']} prompts "
         f"(95 %: {low:.1%} to {high:.1%})"
+    )
+    if numbers["longer_won_n"] == 0:
+        longer_won = "no pair has a longer one"
+    print(
+        f"gap {numbers['gap']:.3f}, z {numbers['z']:.3f}; chosen {numbers['chosen']:.1f} "
+        f"and rejected {numbers['rejected']:.1f} {numbers['unit']}; {longer_won}"
     )
 
 

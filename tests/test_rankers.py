@@ -198,7 +198,7 @@ def pair_of_lengths(id, chosen, rejected, z, gap):
     }
 
 
-def test_the_share_of_longer_winners_and_its_error_are_those_worked_out_by_hand():
+def test_the_share_of_longer_winners_and_its_error_are_those_worked_out_by_hand(capsys):
     made = [
         pair_of_lengths("a", 9, 5, z=1.0, gap=2.0),
         pair_of_lengths("a", 5, 9, z=2.0, gap=2.0),
@@ -228,6 +228,9 @@ def test_the_share_of_longer_winners_and_its_error_are_those_worked_out_by_hand(
     equally_long = rank.summary(made[4:])
     assert equally_long["longer_won"] == 0.5
     assert equally_long["longer_won_95"] == pytest.approx([0, 1], abs=0.12)
+    rank.print_summary(equally_long)
+    printed = capsys.readouterr().out
+    assert printed.endswith("chosen 4.0 and rejected 4.0 tokens; no pair has a longer one\n")
 
     # without ids lengths are in characters
     bare = {
