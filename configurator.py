@@ -63,6 +63,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 DASHES = "-–—"  # text that is copied from a page may have long ones
 SIGNED = ("alpha", "lambda_", "gamma", "eta", "delta", "min_gap")  # other numbers are at least 0
 SHARES = ("top_p", "gpu_memory", "warmup", "label_smoothing", "eps", "ld_alpha")  # 1 at most
+USAGE = "usage: bash iterate.sh config/x.py [--preflight] [--key=value ...]"
 LARGEST = 2**32 - 1  # of whole numbers; numpy, which vLLM seeds, takes no larger one
 
 # ----------------------------------------------------------------------------- reading assignments
@@ -261,11 +262,7 @@ def configure(namespace):
         return {key: namespace[key] for key in own}
 
     if "--help" in sys.argv or "-h" in sys.argv:
-        lines = [namespace["__doc__"].strip(), "", "settings:"]
-        for key, (default, _, comment) in own.items():
-            assignment = f"{key}={default}"
-            lines.append(f"  --{assignment:<34} {comment}")
-        show("\n".join(lines))
+        show(help_text(namespace["__doc__"].strip(), own))
         sys.exit(0)
 
     try:
@@ -282,6 +279,15 @@ def configure(namespace):
         settings = " ".join(f"{key}={value}" for key, value in changed.items())
         show(f"{script}: {settings or 'all defaults'}")
     return {key: namespace[key] for key in own}
+
+
+def help_text(head, own):
+    """What --help prints: a head, and a line for each setting with its default and its comment."""
+    lines = [head, "", "settings:"]
+    for key, (default, _, comment) in own.items():
+        assignment = f"{key}={default}"
+        lines.append(f"  --{assignment:<34} {comment}")
+    return "\n".join(lines)
 
 
 def show(text):
@@ -322,8 +328,8 @@ def settings_of_run(arguments, every):
     Nothing is written. Raises InputError if a setting is wrong or is not what the run was started
     with.
     """
-    if not arguments or "--help" in arguments:
-        raise InputError("usage: bash iterate.sh config/x.py [--preflight] [--key=value ...]")
+    if not arguments:
+        raise InputError(USAGE)
     changed = changes(arguments, every, every)
 
     recipe = next((a for a in arguments if not a.startswith("--")), "run")
@@ -383,6 +389,16 @@ def check_started_with(run, changed, every):
                 f"{path}: this run was started with {key}={old!r}, not {new!r}: "
                 f"choose another --out, or remove {run}"
             )
+
+
+def print_help():
+    """Print the settings of the loop, and which scripts have the others."""
+    head = (
+        f"{USAGE}\n\n"
+        "Any setting of generate.py, rank.py, train.py and eval.py is one of the run too: the\n"
+        "--help of each script lists them."
+    )
+    show(help_text(head, declared("configurator.py")))
 
 
 def run_node(arguments, every):
@@ -449,9 +465,13 @@ def print_settings(arguments, every):
 def main():
     """Check a run for iterate.sh, and keep and print its settings.
 
-    With --preflight or --lock print what the run needs or the file that locks its folder, and do
-    nothing else. With --node run iterate.sh on this node, one of several.
+    With --help, --preflight or --lock print the settings of the loop, what the run needs, or the
+    file that locks its folder, and do nothing else. With --node run iterate.sh on this node, one of
+    several.
     """
+    if "--help" in sys.argv:
+        print_help()
+        return
     every = declared_by_all()
     mode = next((way for way in ("--node", "--preflight", "--lock") if way in sys.argv), None)
     arguments = [argument for argument in sys.argv[1:] if argument != mode]

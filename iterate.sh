@@ -2,6 +2,7 @@
 # Algorithm 1 of AIPO: sample, rank, train, and again with the policy that came out.
 #
 #     bash iterate.sh config/x.py [--preflight] [--key=value ...]
+#     bash iterate.sh --help    the settings of the loop; each script's own --help has the others
 #
 # Each stage is a process of its own (processes > 1: torchrun), so its memory is free when it ends. A
 # stage whose output is there is not run again: interrupt anywhere, run the same command to go on.
@@ -13,7 +14,7 @@ if [[ -z ${VIRTUAL_ENV:-} && -x $here/.venv/bin/python ]]; then
 fi
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 
-if [[ " $* " == *" --preflight "* ]]; then # print what the run needs, and do not run
+if [[ " $* " == *" --preflight "* || " $* " == *" --help "* ]]; then # print, and do not run
   exec python "$here/configurator.py" "$@"
 fi
 

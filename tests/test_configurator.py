@@ -297,6 +297,23 @@ def resolve(tmp_path):
     return resolve
 
 
+def test_help_of_the_loop_lists_its_settings_and_writes_nothing(tmp_path):
+    done = subprocess.run(
+        ["bash", str(ROOT / "iterate.sh"), "r.py", "--help"],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert done.stdout.startswith("usage: bash iterate.sh config/x.py")
+    for name in configurator.declared("configurator.py"):
+        assert f"\n  --{name}=" in done.stdout
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_run_keeps_its_settings_and_may_only_grow(resolve, tmp_path):
     (tmp_path / "r.py").write_text('model = "m"\nbeta = 0.2\n')
     prompts = "--prompts=my prompts.jsonl"
