@@ -965,6 +965,10 @@ def test_instructions_followed_stand_beside_accuracy_and_are_drawn(tmp_path):
 
 
 def test_a_run_without_scores_and_a_broken_file_are_refused_in_one_line(tmp_path):
+    done = run("-m", "nanoaipo.report")
+    assert done.returncode == 1
+    assert "\n    python -m nanoaipo.report out/tiny_aipo\n" in done.stderr  # its lines, unescaped
+
     done = run("-m", "nanoaipo.report", tmp_path / "nowhere")
     assert done.stderr.strip().endswith("has iterate.sh evaluated an iteration?")
 

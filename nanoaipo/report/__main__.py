@@ -18,7 +18,6 @@ import matplotlib
 import matplotlib.pyplot as plt
 
 from configurator import declared_by_all, literals, run_script, values_of
-from nanoaipo.errors import InputError
 from nanoaipo.guard import NO_GUARD
 from nanoaipo.report.alarms import guard_alarms, without_guard
 from nanoaipo.report.figures import RC, draw_pngs, run_style
@@ -38,7 +37,7 @@ from nanoaipo.report.runs import (
 def main():
     folders = list(dict.fromkeys(os.path.normpath(argument) for argument in sys.argv[1:]))
     if not folders or any(folder.startswith("-") for folder in folders):
-        raise InputError(__doc__)
+        sys.exit(__doc__.strip())  # no InputError, which would be one line
     runs = load_runs(folders)
     print_table(runs)
 
