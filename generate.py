@@ -126,7 +126,10 @@ def add_prompt_ids(where, row, tokenizer, control, room, arguments):
     if min_prompt_tokens:
         n_tokens = len(token_ids(tokenizer, row["prompt"][-1]["content"]))
         if n_tokens < min_prompt_tokens:
-            raise UnusableRow("too_short", f"{where}: {n_tokens} tokens, too few")
+            raise UnusableRow(
+                "too_short",
+                f"{where}: {n_tokens} tokens; min_prompt_tokens is {min_prompt_tokens}",
+            )
 
 
 def check_needs_no_template(where, row):

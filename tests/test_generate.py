@@ -112,6 +112,7 @@ def test_short_instructions_are_dropped_and_counted(world, tmp_path):
     assert len(read_rows(tmp_path / "c.jsonl")) == 1
     assert read_counts(tmp_path, "c")["too_short"] == 1
     assert "1 row dropped: 1 too_short (" in done.stdout
+    assert "tokens; min_prompt_tokens is 4)" in done.stdout
 
 
 @pytest.mark.parametrize(
