@@ -63,6 +63,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 DASHES = "-–—"  # text that is copied from a page may have long ones
 SIGNED = ("alpha", "lambda_", "gamma", "eta", "delta", "min_gap")  # other numbers are at least 0
 SHARES = ("top_p", "gpu_memory", "warmup", "label_smoothing", "eps", "ld_alpha")  # 1 at most
+SET_FOR_STAGES = ("iteration", "task", "answers", "baseline")  # by iterate.sh, for each of them
 USAGE = "usage: bash iterate.sh config/x.py [--preflight] [--key=value ...]"
 LARGEST = 2**32 - 1  # of whole numbers; numpy, which vLLM seeds, takes no larger one
 
@@ -331,6 +332,9 @@ def settings_of_run(arguments, every):
     if not arguments:
         raise InputError(USAGE)
     changed = changes(arguments, every, every)
+    for key in SET_FOR_STAGES:
+        if key in changed:
+            raise InputError(f"--{key}={changed[key]}: leave it out, the loop sets it")
 
     recipe = next((a for a in arguments if not a.startswith("--")), "run")
     if not changed.get("model"):
@@ -398,7 +402,7 @@ def print_help():
         "Any setting of generate.py, rank.py, train.py and eval.py is one of the run too: the\n"
         "--help of each script lists them."
     )
-    show(help_text(head, declared("configurator.py")))
+    show(help_text(head, declared("configurator.py") | declared("nanoaipo/estimate.py")))
 
 
 def run_node(arguments, every):

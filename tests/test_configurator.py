@@ -314,6 +314,17 @@ def test_help_of_the_loop_lists_its_settings_and_writes_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("key", configurator.SET_FOR_STAGES)
+def test_what_the_loop_sets_for_each_stage_is_refused(key, resolve, tmp_path):
+    (tmp_path / "r.py").write_text('model = "m"\n')
+
+    code, text = resolve("r.py", f"--{key}=1")
+
+    assert code == 1
+    assert text == f"--{key}=1: leave it out, the loop sets it\n"
+    assert f"--{key}=" in (ROOT / "iterate.sh").read_text()
+
+
 def test_a_run_keeps_its_settings_and_may_only_grow(resolve, tmp_path):
     (tmp_path / "r.py").write_text('model = "m"\nbeta = 0.2\n')
     prompts = "--prompts=my prompts.jsonl"
