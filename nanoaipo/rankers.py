@@ -6,8 +6,8 @@
 A row has `prompt` (messages), `texts` (its distinct responses, any number), `id`, and `answer`
 where prompts carry one. For each row come odds (N, N), antisymmetric: [i, j] is the log-odds that i
 beats j; and rewards (N,), higher is better, nan where a judge gave none; or None in their place,
-where the odds say all there is. Both are float32. A ranker takes the settings that its signature
-names, with defaults for those that eval.py lacks, and adds what went wrong to `counts`. A new
+where the odds say all there is. Both are float32. A ranker takes the settings that it needs by
+their names, with defaults for those that eval.py lacks, and adds what went wrong to `counts`. A new
 ranker is one function and one entry in RANKERS.
 """
 
