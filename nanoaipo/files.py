@@ -229,7 +229,10 @@ def read_json_lines(file):
         try:
             value = load_json(line)
         except ValueError as e:
-            raise InputError(f"{where}: not JSON: {e}") from e
+            formats = ""
+            if n == 1:  # perhaps a file of another kind, such as CSV
+                formats = "; what is read is JSON lines, a JSON array or Parquet"
+            raise InputError(f"{where}: not JSON: {e}{formats}") from e
         # the two ways to write half of a pair: its escape, and bytes that are no UTF-8
         if (b"\\ud" in line.lower() or b"\xed" in line) and holds_surrogate(value):
             raise InputError(f"{where}: {SURROGATE}")

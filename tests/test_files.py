@@ -58,6 +58,7 @@ def test_a_broken_line_is_named_by_file_and_line(bad, message, tmp_path):
         ("d.json", b'["id"]', r"d\.json:1: a record is a JSON object, not str"),
         ("e.json", b'[{"id": 1}', r"e\.json: not JSON: Expecting ','"),
         ("f.jsonl.gz", b"no archive", r"f\.jsonl\.gz: not JSON: Not a gzipped file"),
+        ("g.csv", b"prompt,answer\n", r"g\.csv:1: not JSON: .*; what is read is JSON lines"),
         ("g.jsonl", gzip.compress(b'{"id": 1}'), "packed by gzip; its name has to end in .gz"),
     ],
 )
