@@ -313,6 +313,13 @@ def test_it_prints_the_plan_and_writes_nothing(folder):
     assert sorted(folder.rglob("*")) == before
 
 
+def test_a_loss_that_is_none_is_refused_before_the_run(folder):
+    code, text = preflight(folder, "--preflight", "--loss=dp")
+
+    assert code == 1
+    assert text.startswith("--loss=dp: loss 'dp' is unknown")
+
+
 def test_prompts_are_measured_as_the_runs_template_writes_them(tmp_path):
     template = PLAIN.replace("{{ bos_token }}", "{{ strftime_now('%A') }}{{ 'x' * extra }}")
     template = (
