@@ -6,25 +6,22 @@
 DeBERTa-v3 (transformers' DebertaV2Model) reads a prompt and two candidates, each behind a mark, and
 a head reads the hidden states of the three marks.
 Comparisons of all prompts are sorted by length and laid end to end: products run over all tokens,
-attention over sequences of one length at a time. Scores do not depend on what shares the batch.
+attention within each sequence. Scores do not depend on what shares the batch.
 A relative position's score depends on the distance alone, so it is computed once per distance and
 not, as in DeBERTa's own code, gathered for every pair of tokens into matrices of L x L:
 
     on a CPU    it is read through a view with shifted rows (Transformer-XL's trick, 1901.02860)
-    on a GPU    one kernel adds it to the scores that it computes; a batch is padded to its longest
+    on a GPU    one kernel reads it beside the scores that it computes (pairrm_kernel.py)
 """
 
-import functools
 import itertools
 import json
-import math
 import os
 import re
 
 import torch
 import torch.nn.functional as F
 import torch.utils.mkldnn
-from torch.nn.attention.flex_attention import flex_attention
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, DebertaV2Model
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
@@ -37,10 +34,6 @@ from nanoaipo.packing import batches_by_length
 PREFIXES = ["<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"]
 # rows of the shifted view computed at once: fewer waste less, more multiply faster
 ROWS = 64
-# tiles of queries and keys; FlexAttention's own choice is several times slower for these scores
-TILES = {"BLOCK_M": 64, "BLOCK_N": 64}
-# tokens of a padded sequence at least; FlexAttention takes fewer queries for a step of decoding
-SHORTEST = 128
 
 
 # -------------------------------------------------------------------------------- attention
@@ -82,37 +75,6 @@ def shifted_attention(q, k, v, key_table, query_table, buckets, scale):
     return F.scaled_dot_product_attention(q, k, v, scores, scale=scale)
 
 
-@functools.cache
-def compiled_attention():
-    """FlexAttention as one kernel of the GPU, for any number and length of sequences."""
-    return torch.compile(flex_attention, dynamic=True)
-
-
-def fused_attention(q, k, v, key_table, query_table, buckets, scale, n_tokens):
-    """The same with padding: sequence b has n_tokens[b] tokens of its own, (B,)."""
-    length = q.shape[2]
-    to_position = position_scores(q, key_table)  # (B, H, L, S)
-    from_position = position_scores(k, query_table)  # (B, H, L, S)
-
-    def add_positions(score, b, h, i, j):
-        bucket = buckets[j - i + length]
-        score = score + to_position[b, h, i, bucket] + from_position[b, h, j, bucket]
-        return torch.where(j < n_tokens[b], score, -math.inf)
-
-    attention = flex_attention
-    if q.is_cuda:
-        attention = compiled_attention()
-    return attention(q, k, v, score_mod=add_positions, scale=scale, kernel_options=TILES)
-
-
-def position_scores(x, table):
-    """x_i · table_s of x (B, H, L, d) and table (H, S, d): (B, H, L, S)."""
-    batch, _, length, _ = x.shape
-    x = x.transpose(0, 1).flatten(1, 2)  # (H, B * L, d): no copy of the table for each sequence
-    scores = x @ table.mT  # (H, B * L, S)
-    return scores.unflatten(1, (batch, length)).transpose(0, 1)
-
-
 # -------------------------------------------------------------------------------- the model
 
 
@@ -122,7 +84,12 @@ def split_heads(x, heads):
 
 
 class PairRM(torch.nn.Module):
-    """Parameters have the published names: pretrained_model.*, head_layer.1.*, head_layer.4.*."""
+    """Parameters have the published names: pretrained_model.*, head_layer.1.*, head_layer.4.*.
+
+    fused: attention is the GPU's kernel.
+    """
+
+    fused = False
 
     def __init__(self, config, n_tasks=1):
         super().__init__()
@@ -151,21 +118,18 @@ class PairRM(torch.nn.Module):
         bucket = make_log_bucket_position(distance, span, encoder.max_relative_positions).long()
         return (bucket + span).clamp(0, 2 * span - 1)
 
-    def forward(self, ids, lengths, marks, n_tokens=None):
+    def forward(self, ids, lengths, marks):
         """Scores (B, 2) of B sequences laid end to end, sorted by length.
 
         ids: (T,). lengths: of each sequence. marks: (B, 3), positions of the marks in ids.
-        n_tokens: (B,), where all are padded to one length: how many tokens are a sequence's own.
         """
         encoder = self.pretrained_model.encoder
-        # (length, how many sequences of that length follow)
-        runs = [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
-        buckets = {length: self.distance_buckets(length, ids.device) for length, _ in runs}
         positions = encoder.get_rel_embedding()  # (2 * span, D)
+        sequences = self.lay_out(lengths, ids.device)
 
         h = self.pretrained_model.embeddings(ids[None])[0]  # (T, D)
         for layer in encoder.layer:
-            context = self.attend(layer.attention.self, h, positions, runs, buckets, n_tokens)
+            context = self.attend(layer.attention.self, h, positions, sequences)
             if layer is encoder.layer[-1]:
                 # the head reads the marks alone
                 context = context[marks]  # (B, 3, D)
@@ -174,7 +138,20 @@ class PairRM(torch.nn.Module):
             h = layer.output(layer.intermediate(h), h)
         return self.score(h.float())
 
-    def attend(self, attention, h, positions, runs, buckets, n_tokens):
+    def lay_out(self, lengths, device):
+        """What attention has to know of the sequences, the same in all layers."""
+        if self.fused:
+            from nanoaipo import pairrm_kernel
+
+            return pairrm_kernel.lay_out(lengths, self.distance_buckets, device)
+
+        # (length, how many sequences of that length follow, their buckets)
+        runs = []
+        for length, run in itertools.groupby(lengths):
+            runs.append((length, len(list(run)), self.distance_buckets(length, device)))
+        return runs
+
+    def attend(self, attention, h, positions, sequences):
         """Disentangled attention within each sequence: (T, D) -> (T, D)."""
         heads = attention.num_attention_heads
         scale = (3 * attention.attention_head_size) ** -0.5
@@ -183,20 +160,20 @@ class PairRM(torch.nn.Module):
         value = attention.value_proj(h)  # (T, D)
         key_table = split_heads(attention.key_proj(positions), heads) * scale  # (H, 2 * span, d)
         query_table = split_heads(attention.query_proj(positions), heads) * scale
+        if self.fused:
+            from nanoaipo.pairrm_kernel import fused_attention
+
+            return fused_attention(query, key, value, key_table, query_table, sequences, scale)
 
         context = torch.empty_like(query)
         start = 0
-        for length, count in runs:
+        for length, count, buckets in sequences:
             stop = start + count * length
             shape = (count, length)
             q = split_heads(query[start:stop].unflatten(0, shape), heads)  # (B, H, L, d)
             k = split_heads(key[start:stop].unflatten(0, shape), heads)  # (B, H, L, d)
             v = split_heads(value[start:stop].unflatten(0, shape), heads)  # (B, H, L, d)
-            inputs = (q, k, v, key_table, query_table, buckets[length], scale)
-            if n_tokens is None:
-                out = shifted_attention(*inputs)
-            else:
-                out = fused_attention(*inputs, n_tokens)
+            out = shifted_attention(q, k, v, key_table, query_table, buckets, scale)
             context[start:stop] = out.transpose(1, 2).reshape(count * length, -1)
             start = stop
         return context
@@ -355,6 +332,7 @@ def load_pairrm(name, device):
     check_weights(name, model.state_dict(), weights)
     model.load_state_dict(weights)
     if device.type == "cuda":
+        model.fused = True
         # llm-blender's default on a GPU, so the published weights fit its range; bfloat16 has three
         # bits less and turns winners
         model.pretrained_model.half()
@@ -380,34 +358,21 @@ def segment_prompt(tokenizer, prompt, texts, counts):
     return segments
 
 
-def score_batch(model, tokenizer, triples, padded):
-    """Log-odds that the first candidate beats the second, of B (source, first, second).
-
-    padded: give all sequences one length, a multiple of 16 as products want it.
-    """
-    sequences = []
+def score_batch(model, tokenizer, triples):
+    """Log-odds that the first candidate beats the second, of B (source, first, second)."""
+    ids = []
+    lengths = []
     marks = []
     for triple in triples:
         sequence, positions = tokenizer.join(*triple)
-        sequences.append(sequence)
-        marks.append(positions)
-    lengths = [len(sequence) for sequence in sequences]
+        marks.append([len(ids) + position for position in positions])
+        lengths.append(len(sequence))
+        ids += sequence
+
     device = next(model.parameters()).device
-    n_tokens = None
-    if padded:
-        n_tokens = torch.tensor(lengths, device=device)  # (B,)
-        longest = max(SHORTEST, 16 * math.ceil(max(lengths) / 16))
-        lengths = [longest] * len(sequences)
-
-    # lay them end to end; any id serves as padding
-    ids = []
-    for k, (sequence, length) in enumerate(zip(sequences, lengths)):
-        marks[k] = [len(ids) + position for position in marks[k]]
-        ids += sequence + [0] * (length - len(sequence))
-
     ids = torch.tensor(ids, device=device)  # (T,)
     marks = torch.tensor(marks, device=device)  # (B, 3)
-    scores = model(ids, lengths, marks, n_tokens)  # (B, 2)
+    scores = model(ids, lengths, marks)  # (B, 2)
     return (scores[:, 0] - scores[:, 1]).tolist()
 
 
@@ -428,11 +393,10 @@ def compare(model, tokenizer, prompts, candidates, batch_tokens, counts):
             triples.append((source, segments[i], segments[j]))
     lengths = [sum(len(segment) for segment in triple) for triple in triples]
 
-    padded = next(model.parameters()).is_cuda
     matrices = [torch.zeros(len(texts), len(texts)) for texts in candidates]
     with tqdm(total=len(triples), desc="rank", unit="cmp", disable=not triples) as bar:
         for batch in batches_by_length(lengths, batch_tokens):
-            logits = score_batch(model, tokenizer, [triples[k] for k in batch], padded)
+            logits = score_batch(model, tokenizer, [triples[k] for k in batch])
             for k, logit in zip(batch, logits):
                 p, i, j = comparisons[k]
                 matrices[p][i, j] += logit / 2

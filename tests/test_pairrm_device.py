@@ -1,14 +1,18 @@
-"""PairRM as a GPU computes it, in one padded block of 16 bits, on a CPU."""
+"""PairRM as a GPU computes it: its kernel, and 16 bits, both on a CPU."""
 
 import collections
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from test_rank import build_judge, largest_difference, random_prompts
+from test_rank import build_judge, random_prompts
 
 from nanoaipo import pairrm
 
-CPU = torch.device("cpu")
+HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 @pytest.fixture(scope="module")
@@ -16,49 +20,33 @@ def judge(tmp_path_factory):
     return build_judge(tmp_path_factory.mktemp("judge"))
 
 
-def compare(judge, monkeypatch, padded, dtype=torch.float32):
-    """Matrices of random prompts, with or without padding, the encoder in `dtype`."""
-    monkeypatch.setattr(pairrm, "SHORTEST", 16)  # that is the compiled kernel's, and slow here
-    # oneDNN's layers cannot change their type
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    model, tokenizer = pairrm.load_pairrm(judge, CPU)
-    model.pretrained_model.to(dtype)
+def test_the_kernel_gives_the_scores_of_the_cpu_and_a_wrong_bucket_would_be_noticed(judge):
+    pytest.importorskip("triton", reason="needs triton: torch for CUDA and `make vllm` bring it")
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(HERE)}
+    command = [sys.executable, os.path.join(HERE, "pairrm_on_kernel.py"), judge]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
-    score_batch = pairrm.score_batch
-
-    def score_so(model, tokenizer, triples, _):
-        return score_batch(model, tokenizer, triples, padded)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pairrm, "score_batch", score_so)
-        prompts, candidates = random_prompts(3, 6, 4, 40)
-        return pairrm.compare(model, tokenizer, prompts, candidates, 4000, collections.Counter())
-
-
-def test_padding_a_batch_to_one_length_changes_no_score(judge, monkeypatch):
-    shapes = []
-    attention = pairrm.fused_attention
-
-    def recording(q, *inputs):
-        shapes.append(q.shape)
-        return attention(q, *inputs)
-
-    alone = compare(judge, monkeypatch, padded=False)
-    monkeypatch.setattr(pairrm, "fused_attention", recording)
-    padded = compare(judge, monkeypatch, padded=True)
-
-    assert largest_difference(padded, alone) < 1e-5
-
-    # sequences of several lengths in each block
-    assert shapes
-    assert all(length % 16 == 0 for _, _, length, _ in shapes)
-    assert len(shapes) < 10
+    differences = json.loads(done.stdout)
+    assert differences.pop("as it is") < 1e-5
+    assert len(differences) == 3
+    assert all(difference > 1e-3 for difference in differences.values())
 
 
 def test_float16_gives_the_same_winners_and_bfloat16_is_farther_away(judge, monkeypatch):
-    exact = torch.stack(compare(judge, monkeypatch, padded=True))
-    half = torch.stack(compare(judge, monkeypatch, padded=True, dtype=torch.float16))
-    coarse = torch.stack(compare(judge, monkeypatch, padded=True, dtype=torch.bfloat16))
+    # oneDNN's layers cannot change their type
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+
+    def compare(dtype):
+        model, tokenizer = pairrm.load_pairrm(judge, torch.device("cpu"))
+        model.pretrained_model.to(dtype)
+        prompts, candidates = random_prompts(3, 6, 4, 40)
+        counts = collections.Counter()
+        return torch.stack(pairrm.compare(model, tokenizer, prompts, candidates, 4000, counts))
+
+    exact = compare(torch.float32)
+    half = compare(torch.float16)
+    coarse = compare(torch.bfloat16)
 
     assert torch.isfinite(half).all()
     clear = exact.abs() > 0.02 * exact.std()
