@@ -3,7 +3,7 @@
     python bench/train.py                       on the GPU if there is one, else on the CPU
     python bench/train.py --device=cuda --layers=24 --vocab=128256
     python bench/train.py --device=cpu --steps=8 --rounds=2
-    python bench/train.py --device=cuda --only="ours,TRL best"
+    python bench/train.py --device=cuda --only="TRL best,ours recomputing,ours in one row"
 
 Speed is tokens of prompt + chosen + rejected, each prompt once, per second of training steps; the
 first WARM steps do not count. Seconds of the reference pass stand beside it, with all that starts
@@ -15,6 +15,10 @@ DPOConfig says: 8 pairs a device, gradient checkpointing. TRL's best, as fast as
 no checkpointing, 4 pairs a device, pairs of about one length together, so that it pads less, and
 with Liger's kernels. Its own chunked head and reference log-probs from before are in all of them;
 padding_free is off in TRL 1.16. A side whose package is missing is skipped.
+
+Ours is as fast as memory allows, without and with compilation. Two more rows, compiled, compute
+activations again, for half of the memory: recomputing, in rows as long as train.py's default, and
+in one row a step, which is faster and needs more.
 """
 
 import importlib.util
@@ -328,12 +332,17 @@ def cuda_rows():
     settings = dict(dtype="bfloat16", tokens_per_microbatch=16384, gather_chunk=16384)
     default = dict(dtype="bfloat16", per_device=8, checkpointing=True, liger=False, by_length=False)
     best = default | dict(per_device=4, checkpointing=False, by_length=True)
+    # A chunk of 4,096 logits takes less than a layer's activations, so it does not raise the peak
+    again = settings | dict(compile=True, recompute=1, gather_chunk=4096)
     return [
         ("ours", ours, settings),
         ("TRL best", theirs, best),
         ("TRL best + Liger", theirs, best | dict(liger=True)),
         ("TRL default", theirs, default),
         ("ours compiled", ours, settings | dict(compile=True)),
+        ("ours recomputing", ours, again | dict(tokens_per_microbatch=8192)),
+        # the first backward pass of a step frees activations as it makes gradients
+        ("ours in one row", ours, again | dict(tokens_per_microbatch=32768)),
     ]
 
 
@@ -444,6 +453,10 @@ def main():
     rows = cuda_rows() if device == "cuda" else cpu_rows()
     if "only" in arguments:
         names = arguments["only"].split(",")
+        known = [row[0] for row in rows]
+        for name in names:
+            if name not in known:
+                sys.exit(f"--only={name}: there are {', '.join(known)}")
         rows = [row for row in rows if row[0] in names]
     rounds = int(arguments.get("rounds", 1 if device == "cuda" else 2))
     compare(device, shape, n_steps, rounds, rows)
