@@ -16,9 +16,9 @@ no checkpointing, 4 pairs a device, pairs of about one length together, so that 
 with Liger's kernels. Its own chunked head and reference log-probs from before are in all of them;
 padding_free is off in TRL 1.16. A side whose package is missing is skipped.
 
-Ours is as fast as memory allows, without and with compilation. Two more rows, compiled, compute
-activations again, for half of the memory: recomputing, in rows as long as train.py's default, and
-in one row a step, which is faster and needs more.
+Ours keeps all activations, without and with compilation. Two more sides, compiled, compute them
+again to need less memory: "recomputing" in micro-batches of train.py's default size, "in one row"
+with a step's pairs in one micro-batch, which is faster and needs more.
 """
 
 import importlib.util
@@ -341,7 +341,7 @@ def cuda_rows():
         ("TRL default", theirs, default),
         ("ours compiled", ours, settings | dict(compile=True)),
         ("ours recomputing", ours, again | dict(tokens_per_microbatch=8192)),
-        # the first backward pass of a step frees activations as it makes gradients
+        # with one micro-batch a step, activations go as gradients come
         ("ours in one row", ours, again | dict(tokens_per_microbatch=32768)),
     ]
 
