@@ -91,7 +91,7 @@ def position_scores(x, table):
     return x.unflatten(-1, (heads, head_size)).transpose(0, 1) @ table.mT
 
 
-# numbers that change from batch to batch would be compiled into it
+# else it would be compiled again where these are multiples of 16
 @triton.jit(do_not_specialize=["n_tiles", "n_tokens"])
 def attention_kernel(
     query,
@@ -121,50 +121,52 @@ def attention_kernel(
     if first_i >= length:
         return
 
-    # the queries
+    # its queries
     place = tl.arange(0, TILE)
     i = first_i + place
     columns = head * HEAD_SIZE + tl.arange(0, HEAD_SIZE)
-    rows = (start + i)[:, None] * width + columns[None, :]  # (TILE, HEAD_SIZE)
-    q = tl.load(query + rows, mask=(i < length)[:, None], other=0.0)
+    rows_i = (start + i)[:, None] * width + columns[None, :]  # (TILE, HEAD_SIZE)
+    q = tl.load(query + rows_i, mask=(i < length)[:, None], other=0.0)
 
-    # scores of this head and sequence by bucket; a row behind the end is read as the last
+    # the scores by bucket of this head and sequence; a row behind the end is read as the last
     offset = (head * n_tokens + start).to(tl.int64) * BUCKETS
     to_position += offset
     from_position += offset
-    query_row = tl.minimum(i, length - 1)[:, None] * BUCKETS  # (TILE, 1)
-    places = place[:, None] * TILE + place[None, :]  # (TILE, TILE)
+    scores_of_i = tl.minimum(i, length - 1)[:, None] * BUCKETS  # (TILE, 1)
 
-    # the largest score so far, and sums of e^(score - largest)
+    # the largest score so far, the sum of e^(score - largest), and the values weighted by these
     largest = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     weighted = tl.zeros([TILE, HEAD_SIZE], tl.float32)
     for first_j in range(0, length, TILE):
+        # a tile of keys and values
         j = first_j + place
         rows_j = (start + j)[:, None] * width + columns[None, :]  # (TILE, HEAD_SIZE)
         k = tl.load(key + rows_j, mask=(j < length)[:, None], other=0.0)
         v = tl.load(value + rows_j, mask=(j < length)[:, None], other=0.0)
 
-        # max_contiguous: neighbouring threads shall read from one row, as the buckets lie there
-        tile_places = (first_j // TILE - tile + n_tiles - 1) * TILE * TILE + places
-        bucket = tl.max_contiguous(tl.load(by_query + tile_places), [1, TILE])  # [i, j]
-        from_query = tl.load(to_position + (query_row + bucket))
-        key_row = tl.minimum(j, length - 1)[:, None] * BUCKETS
-        bucket = tl.max_contiguous(tl.load(by_key + tile_places), [1, TILE])  # [j, i]
-        from_key = tl.load(from_position + (key_row + bucket))
+        # scores of the distance; max_contiguous: neighbouring threads shall read one token's
+        tiles_right = first_j // TILE - tile  # of the diagonal
+        in_tile = place[:, None] * TILE + place[None, :]  # (TILE, TILE)
+        in_tile += (tiles_right + n_tiles - 1) * TILE * TILE
+        bucket = tl.max_contiguous(tl.load(by_query + in_tile), [1, TILE])  # [i, j]
+        from_i = tl.load(to_position + (scores_of_i + bucket))
+        bucket = tl.max_contiguous(tl.load(by_key + in_tile), [1, TILE])  # [j, i]
+        scores_of_j = tl.minimum(j, length - 1)[:, None] * BUCKETS  # (TILE, 1)
+        from_j = tl.load(from_position + (scores_of_j + bucket))
 
-        # ieee: without it, products of float32 would be rounded to 10 bits
-        scores = tl.dot(q, k.T, input_precision="ieee") * scale + from_query + from_key.T
+        # all scores; ieee: without it, products of float32 would be rounded to 10 bits
+        scores = tl.dot(q, k.T, input_precision="ieee") * scale + from_i + from_j.T
         scores = tl.where((j < length)[None, :], scores * LOG2_E, float("-inf"))
 
+        # softmax: what was added up before is measured by the new largest score
         before = largest
         largest = tl.maximum(before, tl.max(scores, 1))
-        weights = tl.exp2(scores - largest[:, None])
         shrink = tl.exp2(before - largest)
+        weights = tl.exp2(scores - largest[:, None])
         total = total * shrink + tl.sum(weights, 1)
-        weighted = tl.dot(
-            weights.to(v.dtype), v, weighted * shrink[:, None], input_precision="ieee"
-        )
+        weighted *= shrink[:, None]
+        weighted = tl.dot(weights.to(v.dtype), v, weighted, input_precision="ieee")
 
     weighted = weighted / total[:, None]
-    tl.store(context + rows, weighted.to(context.dtype.element_ty), mask=(i < length)[:, None])
+    tl.store(context + rows_i, weighted.to(context.dtype.element_ty), mask=(i < length)[:, None])
