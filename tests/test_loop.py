@@ -263,7 +263,7 @@ def test_the_plot_shows_what_the_files_say(finished):
     assert f"{scores['length']:.1f}" in done.stdout
     assert "pairrm tiny/world/judge" in done.stdout
     for figure in ("iterations.png", "length.png"):
-        assert (finished.parent / figure).read_bytes()[:4] == b"\x89PNG"
+        assert (finished / figure).read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_report_of_nothing_ends_with_a_hint():

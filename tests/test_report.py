@@ -648,8 +648,8 @@ def test_the_figures_show_the_guard_beside_the_evaluation_and_no_other_benchmark
     _, page = make_report(run)
 
     # win rate, the guard's accuracy and followed, and in the first length as well
-    assert n_panels(tmp_path / "iterations.png") == 4
-    assert n_panels(tmp_path / "length.png") == 3
+    assert n_panels(run / "iterations.png") == 4
+    assert n_panels(run / "length.png") == 3
     assert "accuracy %, the guard" in page.text
     assert "followed %, the guard" in page.text
 
@@ -997,6 +997,19 @@ def test_ablations_are_drawn_when_the_runs_are_there(tmp_path):
     _, page = make_report(*runs[:2])
     assert "Fig. 1:" in page.text
     assert "Fig. 7" not in page.text
+
+
+def test_what_is_drawn_of_a_single_run_lies_in_it_and_of_several_beside_them(tmp_path):
+    one = build_run(tmp_path / "one", T=1)
+    other = build_run(tmp_path / "other", T=1)
+    drawn = {"iterations.png", "length.png", "report.html"}
+
+    make_report(one)
+    assert drawn <= {path.name for path in one.iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "other"}
+
+    make_report(one, other)
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "other"} | drawn
 
 
 def test_names_of_runs_that_are_equal_become_paths(tmp_path):

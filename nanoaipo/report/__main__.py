@@ -3,7 +3,7 @@
     python -m nanoaipo.report out/tiny_aipo out/tiny_dpo
         prints the table; writes iterations.png, length.png and report.html to out/
     python -m nanoaipo.report out/tiny_aipo
-        the same of one run; its report.html lies in out/tiny_aipo/
+        the same of one run; its files lie in out/tiny_aipo/
 
 Win rate is the judge's word, against the first policy; accuracy the truth where prompts carry
 answers, "followed" and "share followed" where they carry instructions: all of a prompt's, and their
@@ -41,18 +41,17 @@ def main():
     runs = load_runs(folders)
     print_table(runs)
 
-    # the figures lie beside the runs
-    parents = [os.path.dirname(os.path.abspath(folder)) for folder in folders]
-    common = os.path.commonpath(parents)
+    # what is drawn of a single run lies in it, of several beside them
+    place = folders[0]
+    if len(folders) > 1:
+        parents = [os.path.dirname(os.path.abspath(folder)) for folder in folders]
+        place = os.path.commonpath(parents)
     matplotlib.use("Agg")
     plt.rcParams.update(RC)
-    for path in draw_pngs(runs, common):
+    for path in draw_pngs(runs, place):
         print(path)
 
-    # so does the report, but that of a single run in it
-    page = os.path.join(common, "report.html")
-    if len(folders) == 1:
-        page = os.path.join(folders[0], "report.html")
+    page = os.path.join(place, "report.html")
     with open(page + ".tmp", "w", encoding="utf-8", errors="replace") as f:
         f.write(render_page(runs))
     os.replace(page + ".tmp", page)
