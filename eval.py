@@ -281,6 +281,7 @@ def evaluate_guard():
 def evaluate_benchmark():
     """Write the scores of a file of judgments, asking a judge for them first if there is one."""
     from nanoaipo.benchmarks import BENCHMARKS
+    from nanoaipo.benchmarks.answers import check_benchmark
     from nanoaipo.benchmarks.style_control import pool_hash
 
     if bench not in BENCHMARKS:
@@ -305,6 +306,7 @@ def evaluate_benchmark():
     if manifest is None:
         return
 
+    check_benchmark(judgments, bench)
     try:
         scores = BENCHMARKS[bench].score(judgments, answer_name, **files)
     except InputError:  # a ValueError that has its message

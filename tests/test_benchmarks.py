@@ -55,6 +55,8 @@ ANNOTATION = {
 }
 OTHER_ANNOTATOR = ANNOTATION | {"instruction": "x", "annotator": "k"}
 ONE = arena(a=("A>B", "A>B"))
+BATTLE = {"question_id": "a", "model_a": "gpt-4-0314", "model_b": "m", "winner": "model_a"}
+OUTPUT = {"dataset": "", "instruction": "task 0", "output": "a", "generator": "m"}
 OTHER_JUDGE = arena(b=("A>B", "A>B"))[0] | {"judge": "k"}
 SERVED_A = {"served_model": "j-2025"}
 SERVED_B = {"served_model": "j-2026"}
@@ -68,8 +70,18 @@ WRONG = {
     "empty": ("mt_bench", b"", "judgments of 0 models"),
     "empty_array": ("alpaca_eval", b"[]", "judgments of 0 models"),
     "empty_arena": ("arena_hard", b"", "of 0 models"),
-    "other_bench": ("mt_bench", ONE, "w.jsonl:1: field 'score' is missing"),
-    "other": ("arena_hard", [rating(81, 1, 5)], "not judgments as arena_hard"),
+    "other_bench": ("mt_bench", ONE, "w.jsonl:1: looks like --bench=arena_hard, not mt_bench"),
+    "other": ("arena_hard", [rating(81, 1, 5)], "1: looks like --bench=mt_bench, not arena_hard"),
+    "battles": ("mt_bench", [BATTLE], "w.jsonl:1: looks like --bench=arena_hard, not mt_bench"),
+    "annotations": ("mt_bench", [ANNOTATION], "1: looks like --bench=alpaca_eval, not mt_bench"),
+    "outputs": ("alpaca_eval", [OUTPUT], "w.jsonl:1: an answer, not a judgment: --answers takes"),
+    "model_answer": ("mt_bench", [model_answer(81, "m", ["a"])], "1: an answer, not a judgment"),
+    "answers_of_ours": (
+        "wild_bench",
+        [{"id": "a", "responses": [{"text": "a"}]}],
+        "1: an answer, not a judg",
+    ),
+    "of_none": ("arena_hard", [{"a": 1}], "not judgments as arena_hard has them (KeyError: 'mod"),
     "text_for_number": ("mt_bench", [rating(81, 1, "high")], "not judgments as mt_bench"),
     "one_game": ("arena_hard", arena(a=("A>B",)), "not judgments as arena_hard"),
     "no_text": (

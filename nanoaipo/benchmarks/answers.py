@@ -89,6 +89,29 @@ def read_answers(path):
 
 # ---- judgments: (where, row) pairs, as read_records yields them ----
 
+# fields by which a benchmark's judgments are known
+JUDGMENT_FIELDS = {
+    "preference": "alpaca_eval",
+    "turn": "mt_bench",
+    "games": "arena_hard",
+    "model_b": "arena_hard",  # of its battles
+    "session_id": "wild_bench",
+}
+
+
+def check_benchmark(path, bench):
+    """Raise InputError if a file's first record is another benchmark's, or an answer."""
+    where, first = next(read_records(path), ("", {}))
+    benchmarks = [name for field, name in JUDGMENT_FIELDS.items() if field in first]
+    if bench in benchmarks:
+        return
+    if benchmarks:
+        raise InputError(f"{where}: looks like --bench={benchmarks[0]}, not {bench}")
+    if found_field(first, ("output", "choices", "messages", "responses")):
+        raise InputError(
+            f"{where}: an answer, not a judgment: --answers takes it, for a --judge_model"
+        )
+
 
 def select_model(rows, model_of, path, wanted):
     """The rows about the model that is wanted, or about the only one there; and its name."""
