@@ -197,7 +197,9 @@ def responses_of_pair(where, row):
     fields = [found_field(row, CHOSEN_FIELDS), found_field(row, REJECTED_FIELDS)]
     if None in fields or not all(row[field] for field in fields):
         raise UnusableRow(
-            "no_responses", f"{where}: neither 'responses' nor 'chosen' and 'rejected' in it"
+            "no_responses",
+            f"{where}: neither 'responses' nor 'chosen' and 'rejected' in it; an answer of another "
+            "column, such as AlpacaEval's 'output', has to be written as 'responses': [output]",
         )
     prompt, chosen, rejected = pair_messages(where, row)
 

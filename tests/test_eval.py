@@ -414,6 +414,21 @@ def test_answers_that_do_not_fit_together_are_refused(tmp_path):
     assert not list(tmp_path.glob("e*.json"))
 
 
+def test_outputs_as_alpaca_eval_has_them_are_compared_once_each_is_a_list(tmp_path):
+    rows = [{"instruction": f"task {k}", "output": "w" * k, "generator": "m"} for k in range(1, 9)]
+    official = write(tmp_path / "model_outputs.json", rows)
+
+    message = refusal(tmp_path, official, official)
+    assert message.startswith(f"{official}:1: neither 'responses' nor")
+    assert message.endswith("'output', has to be written as 'responses': [output]")
+
+    rows = [{"instruction": row["instruction"], "responses": [row["output"]]} for row in rows]
+    path = write(tmp_path / "a.jsonl", rows)
+    out, message = evaluate(tmp_path, path, path)
+    assert not message
+    assert read_json(out)["n"] == 8
+
+
 # ---- the length-controlled win rate ----
 
 
