@@ -16,11 +16,11 @@ CONVERT = (
 def check_has_model(name, setting="model"):
     """Raise InputError for a folder or hub model that holds an adapter or pickles and no model."""
     check_no_pickle(name, setting)
+    has_config = find_file(name, "config.json") is not None
+    if has_config and not holds_only_adapter(name):
+        return
     adapter_config = find_file(name, "adapter_config.json")
-    if find_file(name, "config.json"):
-        if not holds_only_adapter(name):
-            return
-    elif adapter_config is None:
+    if adapter_config is None and not has_config:
         return
 
     base = "which it does not name"
@@ -78,15 +78,26 @@ def quantization_error(name, method, setting="model"):
 
 
 def find_file(name, file):
-    """Path of a file in a folder or of a hub model, or None if it has no such file."""
+    """Path of a file in a folder or of a hub model, or None if it has no such file.
+
+    Raises InputError for the config.json of a hub model that is not cached, without a network.
+    """
     if os.path.isdir(name):
         path = os.path.join(name, file)
         return path if os.path.exists(path) else None
 
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         return hf_hub_download(name, file)
+    except LocalEntryNotFoundError as e:
+        if file == "config.json":  # whoever loads the model would ask the hub for minutes
+            raise InputError(
+                f"{name}: no model folder, no config.json of it in the hub's cache, and the hub "
+                "cannot be reached: name a folder, or fetch it where there is a network"
+            ) from e
+        return None
     except Exception:  # hub errors come in many classes; whoever loads the model will name them
         return None
 

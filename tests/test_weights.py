@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nanoaipo import chat
 from nanoaipo.errors import InputError
-from nanoaipo.model_folders import check_has_model, weight_file_names
+from nanoaipo.model_folders import check_has_model, find_file, weight_file_names
 from nanoaipo.policy import add_adapters
 from nanoaipo.weights import load_weights, save_policy, stores_head
 
@@ -428,3 +428,11 @@ def test_a_folder_that_holds_an_adapter_and_no_model_names_its_base(tiny_model, 
     (tmp_path / "model-1.safetensors").touch()
     check_has_model(tmp_path)
     check_has_model(tiny_model)
+
+
+def test_a_hub_model_that_is_not_cached_is_refused_at_the_first_file_without_a_network():
+    with pytest.raises(InputError, match="^org/none: no model .* hub cannot be reached:"):
+        check_has_model("org/none")
+
+    # another file may be one that the model has not
+    assert find_file("org/none", "tokenizer_config.json") is None
