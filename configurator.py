@@ -350,6 +350,8 @@ def settings_of_run(arguments, every):
             f"--checkable={changed['checkable']}: is for new_instructions; for prompts of a file: "
             "python -m nanoaipo.add_instructions"
         )
+    if "loss" in changed:
+        check_loss(changed["loss"])
 
     # the run's folder is called like the recipe, unless --out says otherwise
     run = changed.pop("out", "")
@@ -362,6 +364,16 @@ def settings_of_run(arguments, every):
         changed["date"] = date_of_run(run)
     check_started_with(run, changed, every)
     return changed, run
+
+
+def check_loss(loss):
+    """Raise InputError for no objective and no mix; train.py would, behind candidates and pairs."""
+    import losses  # it imports torch
+
+    try:
+        losses.arguments_of(loss)
+    except ValueError as e:
+        raise InputError(f"--loss={loss}: {e}") from None
 
 
 def date_of_run(run):

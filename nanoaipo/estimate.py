@@ -507,17 +507,9 @@ def preflight(settings):
         raise InputError(f"--model={s.model}: not there yet; python {s.prepare} makes it")
 
     # What a process of any stage takes for its imports alone
-    import losses
     from nanoaipo import policy  # noqa: F401
 
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    # train.py, which would tell, comes last in an iteration
-    try:
-        losses.arguments_of(s.loss)
-    except ValueError as e:
-        raise InputError(f"--loss={s.loss}: {e}") from None
-
     lines, refusals = report(s, find_machine(s), baseline)
     if refusals:
         lines += ["", "does not fit:"]

@@ -325,6 +325,28 @@ def test_what_the_loop_sets_for_each_stage_is_refused(key, resolve, tmp_path):
     assert f"--{key}=" in (ROOT / "iterate.sh").read_text()
 
 
+def test_a_loss_that_is_none_is_refused_before_the_first_stage(tmp_path):
+    (tmp_path / "r.py").write_text("model = 'm'\nloss = 'dp'\n")
+    for setting, reason in {
+        "--loss=nonsense": "--loss=nonsense: loss 'nonsense' is unknown; a mix is written 0.8*dpo",
+        "--loss=dpo+dpo": "--loss=dpo+dpo: 'dpo' comes twice: write one term with the sum",
+        "--seed=1": "--loss=dp: loss 'dp' is unknown",  # the recipe's
+    }.items():
+        done = subprocess.run(
+            ["bash", str(ROOT / "iterate.sh"), "r.py", setting],
+            cwd=tmp_path,
+            env=os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+        )
+
+        assert done.returncode == 1
+        assert done.stdout == ""
+        assert done.stderr.startswith(reason)
+        assert done.stderr.count("\n") == 1
+        assert os.listdir(tmp_path) == ["r.py"]
+
+
 def test_a_run_keeps_its_settings_and_may_only_grow(resolve, tmp_path):
     (tmp_path / "r.py").write_text('model = "m"\nbeta = 0.2\n')
     prompts = "--prompts=my prompts.jsonl"
