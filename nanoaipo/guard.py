@@ -37,8 +37,20 @@ def guard_scores(prompts, responses):
     }
     scores = {"n_accuracy": len(right), "n_followed": len(shares)}
     for name, values in measured.items():
-        scores[name], scores[name + "_ci"] = interval(values)
+        scores[name], ends = interval(values)
+        scores[name + "_ci"] = with_width(ends, len(values))
     return scores
+
+
+def with_width(ends, n):
+    """A 95 % interval in percent of n values, or Wilson's where it has no width.
+
+    Values that are all 0, or all 100, have no spread, and an interval of no width; but n of them do
+    not make it certain that the next one is another such.
+    """
+    if not ends or ends[0] != ends[1]:
+        return ends
+    return [100 * end for end in wilson_interval(ends[0] / 100, n)]
 
 
 def grade_answers(prompts, responses):
@@ -68,19 +80,14 @@ def grade_answers(prompts, responses):
 
 
 def guard_interval(scores, guard):
-    """The 95 % interval of a guard in percent, None without one.
+    """The 95 % interval of a guard in percent, None without one; it has a width (see with_width).
 
-    Answers that are all right, or all wrong, have no spread, and an interval of no width. Theirs is
-    Wilson's, so that one wrong answer among a few raises no alarm.
+    So one wrong answer among a few raises no alarm, in scores of older versions and of others too.
     """
     ends = scores.get(guard + "_ci")
     if not ends or None in ends:
         return None
-    low, high = ends
-    if low == high:
-        n = scores.get("n_" + guard, scores.get("n", 1))
-        return [100 * end for end in wilson_interval(low / 100, n)]
-    return ends
+    return with_width(ends, scores.get("n_" + guard, scores.get("n", 1)))
 
 
 def lies_above(ends, others):

@@ -295,6 +295,16 @@ def test_the_guard_alone_grades_answers_that_nobody_judges(tmp_path, capsys):
     assert f"guard: accuracy 75.00 % ({75 - half:.2f} to {75 + half:.2f}), n 4 ->" in printed
     assert "guard: followed 50.00 % " in printed
 
+    # where all are right, or all wrong, the interval is Wilson's: 3 / (3 + 1.96^2) and the like
+    path = write_answers(tmp_path / "c.jsonl", ["cat"] * 4, answer=["cat"] * 3 + [short])
+    scores = rate(tmp_path, path, "", bench="guard")
+    assert scores["accuracy_ci"] == pytest.approx([100 * 3 / (3 + 1.96**2), 100])
+    assert scores["followed_ci"] == pytest.approx([100 / (1 + 1.96**2), 100])
+    path = write_answers(tmp_path / "d.jsonl", ["dog"] * 9, answer=["cat"] * 9)
+    scores = rate(tmp_path, path, "", bench="guard")
+    assert scores["accuracy_ci"] == pytest.approx([0, 100 * 1.96**2 / (9 + 1.96**2)])
+    assert scores["followed_ci"] is None
+
     # a guard of what carries no answer is a slip
     unanswered = write_answers(tmp_path / "b.jsonl", ["x"])
     _, message = evaluate(tmp_path, unanswered, "", bench="guard")
