@@ -15,6 +15,7 @@ import glob
 import math
 import os
 import re
+import select
 import shlex
 import sys
 import time
@@ -295,22 +296,43 @@ def show(text):
     """Print a text; where it cannot be written, end the program with one line."""
     try:
         print(text, flush=True)
+    except BrokenPipeError:
+        end_unread()
     except OSError as e:
         sys.exit(disk_fault(e, "what is printed") or f"what is printed: {e}")
+
+
+def is_unread():
+    """Whether whoever read what is printed has ended, such as `head`."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # errors alone
+    return bool(poll.poll(0))
+
+
+def end_unread():
+    """End the program without a word, as `head` expects, and with exit code 1."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is not yet printed
+    sys.exit(1)
 
 
 def run_script(main):
     """Call a script's main; an InputError ends the program with its one line and exit code 1.
 
-    So does a disk that is full or may not be written, and Ctrl-C.
+    So does a disk that is full or may not be written, and Ctrl-C; a pipe that nobody reads any more
+    ends it without a line.
     """
     end_with_launcher()
     try:
         main()
+        sys.stdout.flush()
     except InputError as e:
         sys.exit(str(e))
     except KeyboardInterrupt:
         sys.exit("interrupted: run the same command again, which goes on from what is whole")
+    except BrokenPipeError:
+        if is_unread():
+            end_unread()
+        raise  # an engine's pipe
     except BaseException as e:  # torch's CheckpointException is no Exception
         line = disk_fault(e, main.__globals__.get("out"))
         if line is None:

@@ -4,7 +4,7 @@ import errno
 import os
 import re
 
-# what helps against a disk, or a reader of what is printed, that does not take what is written
+# what helps against a disk that does not take what is written
 FIXES = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room in the quota",
@@ -16,7 +16,6 @@ FIXES = {
     errno.ENOTDIR: "choose another --out",
     errno.ENAMETOOLONG: "choose another --out",
     errno.EIO: "look after the disk",
-    errno.EPIPE: "its reader has ended; if it was one of what is printed, print to a file",
 }
 
 
