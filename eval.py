@@ -351,7 +351,8 @@ def ask_for_judgments(benchmark):
         return
 
     from nanoaipo.benchmarks.judging import write_judgments
-    from nanoaipo.questions import endpoint, local_model
+    from nanoaipo.endpoints import endpoint
+    from nanoaipo.questions import local_model
 
     if judge_url:
         answer = endpoint(judge_url, judge_concurrency)

@@ -9,9 +9,10 @@ import re
 import torch
 
 from nanoaipo.chat import template_arguments
+from nanoaipo.endpoints import endpoint
 from nanoaipo.errors import InputError
 from nanoaipo.logprobs import expected_digit, first_token
-from nanoaipo.questions import ask, endpoint, local_model
+from nanoaipo.questions import ask, local_model
 from nanoaipo.stages import fingerprint
 from nanoaipo.verdicts import read_score, read_verdict, reader_of
 

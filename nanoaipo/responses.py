@@ -2,9 +2,10 @@
 
 import os
 
+from nanoaipo.endpoints import endpoint
 from nanoaipo.errors import InputError
 from nanoaipo.files import shard_path
-from nanoaipo.questions import ask, endpoint
+from nanoaipo.questions import ask
 from nanoaipo.thoughts import split_thought, split_thought_ids
 
 

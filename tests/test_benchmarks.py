@@ -39,7 +39,7 @@ from benchmark_files import (
 )
 from conftest import ROOT, run
 
-from nanoaipo import questions
+from nanoaipo import endpoints, questions
 from nanoaipo.benchmarks.answers import read_answers
 from nanoaipo.benchmarks.judging import count_replies
 
@@ -302,7 +302,7 @@ def test_no_answer_in_time_is_tried_again(tmp_path, monkeypatch):
     question = {"model": "x", "messages": [{"role": "user", "content": "?"}]}
 
     (reply,) = questions.ask(
-        [question], str(tmp_path / "a.jsonl"), questions.endpoint(server.url, 1)
+        [question], str(tmp_path / "a.jsonl"), endpoints.endpoint(server.url, 1)
     )
 
     assert reply["reply"] == "fine"

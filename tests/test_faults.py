@@ -19,7 +19,7 @@ from conftest import NO_GPU, ROOT, run, warm_python
 from test_judge import heed_interrupts
 from test_loop import hashes
 
-from nanoaipo import questions, stages
+from nanoaipo import endpoints, stages
 from nanoaipo.errors import InputError, disk_fault
 from nanoaipo.locks import hold_lock
 
@@ -503,12 +503,12 @@ def test_a_pipe_that_is_not_what_is_printed_keeps_its_traceback():
 
 
 def test_an_endpoint_that_is_not_there_is_told_at_the_first_try(capsys, monkeypatch):
-    monkeypatch.setattr(questions, "RETRIES", 1)
+    monkeypatch.setattr(endpoints, "RETRIES", 1)
     with socket.socket() as s:  # a port that nobody listens at
         s.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{s.getsockname()[1]}/v1"
         question = {"model": "m", "messages": [{"role": "user", "content": "?"}]}
-        answer = questions.endpoint(url, 4)
+        answer = endpoints.endpoint(url, 4)
         with pytest.raises(InputError, match=f"{url}: APIConnectionError"):
             answer([question] * 4, None)
 

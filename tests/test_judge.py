@@ -17,9 +17,10 @@ import pytest
 import torch
 from conftest import PLAIN, ROOT, build_model, run, torchrun
 
-from nanoaipo import chat, files, judges, questions, stages
+from nanoaipo import chat, endpoints, files, judges, questions, stages
+from nanoaipo.endpoints import read_completion
 from nanoaipo.logprobs import first_token
-from nanoaipo.questions import ask, local_model, read_completion
+from nanoaipo.questions import ask, local_model
 
 KEY = "sk-planted-0123456789"
 ROWS = {
@@ -967,8 +968,8 @@ def test_a_key_is_masked_in_replies_and_a_word_that_stands_for_none_is_not():
     secret = types.SimpleNamespace(api_key=KEY)
     placeholder = types.SimpleNamespace(api_key="EMPTY")
 
-    assert questions.without_key(secret, f"it was {KEY}.") == "it was ***."
-    assert questions.without_key(placeholder, "EMPTY of it") == "EMPTY of it"
+    assert endpoints.without_key(secret, f"it was {KEY}.") == "it was ***."
+    assert endpoints.without_key(placeholder, "EMPTY of it") == "EMPTY of it"
 
 
 def quotes_the_key_in_escapes(server, handler, text):

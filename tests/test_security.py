@@ -17,7 +17,7 @@ from conftest import CHATML, ROOT, build_tokenizer, run
 from test_files import write_lines
 from test_judge import KEY, Judge, candidates, choice, refusal, verdict
 
-from nanoaipo import questions, weights
+from nanoaipo import endpoints, questions, weights
 from nanoaipo.chat import control_pattern, load_tokenizer
 from nanoaipo.errors import InputError
 from nanoaipo.model_folders import weight_file_names
@@ -234,14 +234,14 @@ def test_a_key_is_in_no_message_and_no_reply_however_an_endpoint_fails(
     misbehave, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(questions, "RETRIES", 1)
+    monkeypatch.setattr(endpoints, "RETRIES", 1)
     server = Judge(misbehave=misbehave)
     message = {"role": "user", "content": "<response>\na\n</response>"}
     question = {"model": "m", "messages": [message], "max_tokens": 9}
 
     seen = ""
     try:
-        answer = questions.endpoint(server.url, 1)
+        answer = endpoints.endpoint(server.url, 1)
         seen += str(questions.ask([question], str(tmp_path / "p.jsonl"), answer))
     except InputError as e:
         seen += "".join(traceback.format_exception(e))
@@ -311,9 +311,9 @@ def test_an_endpoint_is_asked_only_where_its_certificate_is_right(tmp_path, caps
     assert urllib.request.urlopen(request, context=trusting).status == 200
     server.asked.clear()
 
-    monkeypatch.setattr(questions, "RETRIES", 0)
+    monkeypatch.setattr(endpoints, "RETRIES", 0)
     with pytest.raises(InputError, match=f"{url}: APIConnectionError"):
-        questions.endpoint(url, 1)([question], None)
+        endpoints.endpoint(url, 1)([question], None)
 
     assert "certificate verify failed" in capsys.readouterr().out.lower()
     assert not server.asked

@@ -10,7 +10,7 @@ def write_judgments(
 ):
     """Ask a judge what the benchmark asks, write the file of judgments and return their number.
 
-    answer: as questions.endpoint or questions.local_model return it. parameters: what each
+    answer: as endpoints.endpoint or questions.local_model return it. parameters: what each
     question to it has besides the benchmark's own: its model, and what else tells it from others.
     Replies are kept as they come, in NAME.replies beside the file, and none is asked for twice.
     Raises InputError when the judge refuses every question.
