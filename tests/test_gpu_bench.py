@@ -1,5 +1,6 @@
 """bench/gpu.sh without a GPU: its checks at tiny sizes, and what becomes of one that goes wrong."""
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -12,6 +13,7 @@ from bench.gpu.report import Report, markdown
 
 # they start scripts, one after another; speed.train starts one, which shows how that is done
 LEFT_OUT = {"training.steps", "training.resume", "sampling.generate", "speed.train_kept"}
+VLLM = {"sampling.vllm", "speed.vllm"}
 
 BROKEN = """
 import os, time
@@ -40,15 +42,20 @@ def broken(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
-def test_every_check_that_can_run_on_a_cpu_passes_there(tmp_path):
-    checks = [name for name in CHECKS if name not in LEFT_OUT]
-    command = ["bash", "bench/gpu.sh", "--dry", f"--only={','.join(checks)}", f"--out={tmp_path}"]
-
+def run_dry(checks, out):
+    """{check: its status} of bench/gpu.sh --dry."""
+    command = ["bash", "bench/gpu.sh", "--dry", f"--only={','.join(checks)}", f"--out={out}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + (out / "log.txt").read_text()[-3000:]
+    records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    return {r["name"].removeprefix("bench.gpu."): r["status"] for r in records}
 
-    assert done.returncode == 0, done.stdout + (tmp_path / "log.txt").read_text()[-3000:]
-    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    status = {r["name"].removeprefix("bench.gpu."): r["status"] for r in records}
+
+def test_every_check_that_can_run_on_a_cpu_passes_there(tmp_path):
+    checks = [name for name in CHECKS if name not in LEFT_OUT | VLLM]
+
+    status = run_dry(checks, tmp_path)
+
     cuda_only = {"attention.without_cudnn", "attention.varlen", "speed.train_compiled"}
     assert {name for name in status if status[name] == "SKIP"} == cuda_only
     assert list(status) == checks
@@ -58,6 +65,16 @@ def test_every_check_that_can_run_on_a_cpu_passes_there(tmp_path):
     assert all(f"| {name} | {status[name]} |" in table for name in checks)
     assert "| PairRM |" in table
     assert "| train.py |" in table
+
+
+def test_vllm_passes_its_checks_and_is_skipped_aloud_where_it_is_not_installed(tmp_path):
+    status = run_dry(VLLM, tmp_path)
+
+    expected = "PASS" if importlib.util.find_spec("vllm") else "SKIP"
+    assert status == dict.fromkeys(VLLM, expected)
+    table = (tmp_path / "results.md").read_text()
+    assert ("vllm is not installed" in table) == (expected == "SKIP")
+    assert ("same seeds again" in table) == (expected == "PASS")
 
 
 def test_a_check_that_goes_wrong_costs_itself_alone(broken, tmp_path):

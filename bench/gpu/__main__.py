@@ -51,6 +51,8 @@ CHECKS = {
     "speed.generate":                   12,
     "speed.micro_batch":                95,
     "speed.recompute":                  30,
+    "sampling.vllm":                    70,
+    "speed.vllm":                       90,
 }
 # fmt: on
 

@@ -122,8 +122,11 @@ def response_log_probs(lm, prompt, response):
 
 
 @functools.cache
-def worded():
-    """Folder with a small random Llama with tokenizer (model) and pairs like UltraFeedback's."""
+def worded(**config):
+    """Folder with a small random Llama with tokenizer (model) and pairs like UltraFeedback's.
+
+    config: of the model, beside its shape.
+    """
     shape = dict(
         vocab_size=32_000,
         hidden_size=256,
@@ -136,7 +139,7 @@ def worded():
     if not ON_GPU:
         shape |= dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2)
         n_pairs = 8
-    return make("cpu", shape, n_pairs)  # a CPU's are stored in float32
+    return make("cpu", shape | config, n_pairs)  # a CPU's are stored in float32
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import sys
+import time
 
 import torch
 
@@ -19,6 +20,7 @@ from bench.gpu.device import (
     seconds_of,
     wait,
 )
+from bench.gpu.engine import sample_by_vllm
 from bench.gpu.models import build, large, wide
 from bench.gpu.ranking import pairrm_folder, random_texts
 from bench.gpu.report import Skip
@@ -295,3 +297,42 @@ def generate(report):
         f"transformers engine, {n_rows} rows",
         f"{1e3 * seconds / n_steps:.0f} ms a step, {n_sampled / seconds:,.0f} tokens/s",
     )
+
+
+def vllm(report):
+    """vLLM and the transformers engine: 8 responses to each of 64 prompts on the large model."""
+    folder = os.path.join(large(), "model")
+    _, eos_ids = load_tokenizer(folder)
+    n_prompts, n_responses, n_steps = (64, 8, 256) if ON_GPU else (4, 2, 4)
+    rng = random.Random(0)
+    warm_up = []
+    requests = []
+    for seed in range(n_prompts):
+        for chosen in (warm_up, requests):
+            prompt = [rng.randrange(6, 500) for _ in range(rng.randint(100, 150))]
+            chosen.append((prompt, 1000 * seed))
+
+    dtype = str(DTYPE).removeprefix("torch.")
+    settings = dict(n_responses=n_responses, temperature=1.0, top_k=50, top_p=1.0)
+    calls = [
+        (warm_up, settings | dict(max_new_tokens=4)),
+        (requests, settings | dict(max_new_tokens=n_steps)),
+    ]
+    empty_cache()
+    loading, answers = sample_by_vllm(folder, calls, dtype)
+    results, seconds = answers[-1]
+    what = f"{n_prompts} x {n_responses} responses"
+    measure_sampling(report, f"vLLM, {what}", results, seconds, f"; loaded in {loading:.0f} s")
+
+    engine = TransformersEngine(folder, eos_ids, dtype=dtype, generate_rows=512)
+    for asked, settings in calls:
+        t0 = time.time()
+        results = engine.sample(asked, **settings)
+        seconds = time.time() - t0
+    measure_sampling(report, f"transformers engine, {what}", results, seconds)
+
+
+def measure_sampling(report, what, results, seconds, more=""):
+    n_tokens = sum(len(ids) for responses in results for ids, _, _ in responses)
+    text = f"{n_tokens} tokens in {seconds:.1f} s, {n_tokens / seconds:,.0f} tokens/s"
+    report.measure(what, text + more)
