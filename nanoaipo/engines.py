@@ -131,6 +131,7 @@ def vllm_engine(model, eos_ids, max_tokens, *, dtype, seed, tensor_parallel, gpu
         gpu_memory=gpu_memory,
     )
     from vllm import SamplingParams  # only now: start_vllm sets the environment for it
+    from vllm.exceptions import VLLMValidationError
 
     lap("loading")
 
@@ -140,20 +141,23 @@ def vllm_engine(model, eos_ids, max_tokens, *, dtype, seed, tensor_parallel, gpu
         params = []
         for ids, request_seed in requests:
             prompts.append({"prompt_token_ids": ids})
-            params.append(
-                SamplingParams(
-                    n=n_responses,
-                    temperature=temperature,
-                    top_k=top_k or -1,  # vLLM's off is -1
-                    top_p=top_p,
-                    max_tokens=max_new_tokens,
-                    seed=request_seed,
-                    logprobs=0,  # of the sampled token alone
-                    stop_token_ids=sorted(eos_ids),
-                    stop=list(stop),
-                    detokenize=bool(stop),  # we decode; vLLM needs text only to find a stop
+            try:
+                params.append(
+                    SamplingParams(
+                        n=n_responses,
+                        temperature=temperature,
+                        top_k=top_k or -1,  # vLLM's off is -1
+                        top_p=top_p,
+                        max_tokens=max_new_tokens,
+                        seed=request_seed,
+                        logprobs=0,  # of the sampled token alone
+                        stop_token_ids=sorted(eos_ids),
+                        stop=list(stop),
+                        detokenize=bool(stop),  # we decode; vLLM needs text only to find a stop
+                    )
                 )
-            )
+            except VLLMValidationError as e:  # two greedy responses, a temperature above 2
+                raise InputError(f"--engine=vllm: {e}") from e
 
         # outputs come in the order of the requests
         results = []

@@ -101,6 +101,20 @@ def test_a_pickle_of_a_hub_model_is_not_read(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_settings_that_vllm_refuses_end_with_one_line(tmp_path):
+    folder = build_model(tmp_path / "model")
+    write_rows(tmp_path / "p.jsonl", [{"prompt": "Two?"}])
+    settings = {"model": folder, "prompts": tmp_path / "p.jsonl", "out": tmp_path / "c.jsonl"}
+    settings |= {"engine": "vllm", "dtype": "float32", "max_new_tokens": 8}
+
+    done = run("generate.py", temperature=0, n_responses=2, **settings)
+
+    assert done.returncode == 1
+    assert "--engine=vllm: n must be 1 when using greedy sampling, got 2." in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "c.jsonl").exists()
+
+
 def test_greedy_answers_of_two_turns_equal_those_of_transformers(world, tmp_path):
     questions = []
     for k in range(6):
