@@ -16,7 +16,7 @@ CONVERT = (
 def check_has_model(name, setting="model"):
     """Raise InputError for a folder or hub model that holds an adapter or pickles and no model."""
     check_no_pickle(name, setting)
-    has_config = find_file(name, "config.json") is not None
+    has_config = find_file(name, "config.json", setting) is not None
     if has_config and not holds_only_adapter(name):
         return
     adapter_config = find_file(name, "adapter_config.json")
@@ -57,7 +57,7 @@ def holds_only_adapter(name):
 
 def check_not_quantized(name, setting="model"):
     """Raise InputError if config.json says that the weights are codes and not numbers."""
-    path = find_file(name, "config.json")
+    path = find_file(name, "config.json", setting)
     if path is None:
         return
 
@@ -77,7 +77,7 @@ def quantization_error(name, method, setting="model"):
     )
 
 
-def find_file(name, file):
+def find_file(name, file, setting="model"):
     """Path of a file in a folder or of a hub model, or None if it has no such file.
 
     Raises InputError for the config.json of a hub model that is not cached, without a network.
@@ -94,8 +94,8 @@ def find_file(name, file):
     except LocalEntryNotFoundError as e:
         if file == "config.json":  # whoever loads the model would ask the hub for minutes
             raise InputError(
-                f"{name}: no model folder, no config.json of it in the hub's cache, and the hub "
-                "cannot be reached: name a folder, or fetch it where there is a network"
+                f"--{setting}={name}: no model folder, no config.json of it in the hub's cache, "
+                "and the hub cannot be reached: name a folder, or fetch it where there is a network"
             ) from e
         return None
     except Exception:  # hub errors come in many classes; whoever loads the model will name them

@@ -431,7 +431,7 @@ def test_a_folder_that_holds_an_adapter_and_no_model_names_its_base(tiny_model, 
 
 
 def test_a_hub_model_that_is_not_cached_is_refused_at_the_first_file_without_a_network():
-    with pytest.raises(InputError, match="^org/none: no model .* hub cannot be reached:"):
+    with pytest.raises(InputError, match="^--model=org/none: no model .* hub cannot be reached:"):
         check_has_model("org/none")
 
     # another file may be one that the model has not
