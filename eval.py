@@ -193,8 +193,8 @@ def judge_answers(prompts, ours, theirs):
     }
     rank = load_ranker(eval_ranker, eval_ranker_model, settings, collections.Counter())
     rows = [prompts[k] | {"texts": [ours[k]["text"], theirs[k]["text"]]} for k in differ]
-    for k, (_, odds) in zip(differ, rank(rows)):
-        won[k] = win_of(float(odds[0, 1]))
+    for k, (_, log_odds) in zip(differ, rank(rows)):
+        won[k] = win_of(float(log_odds[0, 1]))
     return won
 
 

@@ -279,19 +279,19 @@ def distinct_texts(responses):
     return [responses[k]["text"] for k in first_of_each_text(responses)]
 
 
-def score_responses(responses, rewards, odds):
+def score_responses(responses, rewards, log_odds):
     """Scores (N,) and log-odds (N, N) of all responses, from those of their M distinct texts.
 
     Both are float64. A text counts as often as it was sampled.
     """
     texts = distinct_texts(responses)
     text_index = [texts.index(response["text"]) for response in responses]  # (N,), below M
-    odds = odds.double()[text_index][:, text_index]  # (N, N)
+    log_odds = log_odds.double()[text_index][:, text_index]  # (N, N)
     if rewards is None:
-        scores = 2 * odds.mean(1)  # (N,), llm-blender's: the mean of logit_ij - logit_ji
+        scores = 2 * log_odds.mean(1)  # (N,), llm-blender's: the mean of logit_ij - logit_ji
     else:
         scores = rewards.double()[text_index]  # (N,)
-    return scores, odds
+    return scores, log_odds
 
 
 def why_no_pairs(n_responses, scores):
@@ -359,14 +359,13 @@ def why_dropped(chosen, gap, length_gap, *, min_gap, drop_url, max_length_gap=0,
     return None
 
 
-def pairs_of(row, responses, rewards, odds, counts, *, pair_rule, seed, **settings):
+def pairs_of(row, responses, rewards, log_odds, counts, *, pair_rule, seed, **settings):
     """Yield the pairs of one prompt by the rule; count why it gives none, or why a pair is dropped.
 
-    responses: the N that compete. rewards (M,) or None, and odds (M, M), which are log-odds: the
-    ranker's, of the M distinct texts in order of appearance. settings: what the rules and
-    why_dropped ask for.
+    responses: the N that compete. rewards (M,) or None, and log_odds (M, M): the ranker's, of the M
+    distinct texts in order of appearance. settings: what the rules and why_dropped ask for.
     """
-    scores, odds = score_responses(responses, rewards, odds)
+    scores, log_odds = score_responses(responses, rewards, log_odds)
 
     # a judge may have given no readable score
     if scores.isnan().any():
@@ -374,19 +373,19 @@ def pairs_of(row, responses, rewards, odds, counts, *, pair_rule, seed, **settin
         counts["unjudged"] += len(responses) - len(judged)
         responses = [responses[k] for k in judged]
         scores = scores[judged]
-        odds = odds[judged][:, judged]
+        log_odds = log_odds[judged][:, judged]
 
     # these count a text as often as it was sampled; SPPO's win rate against oneself is 1/2
     n_responses = len(responses)
     all_scores = scores.tolist()
-    win_rates = odds.sigmoid().mean(1)  # (N,)
+    win_rates = log_odds.sigmoid().mean(1)  # (N,)
     has_ids = "prompt_ids" in row and all("ids" in response for response in responses)
 
     # from here on all lists are of the M distinct texts; the first response stands for each
     first = first_of_each_text(responses)
     responses = [responses[k] for k in first]
     scores = scores[first].tolist()
-    odds = odds[first][:, first].tolist()  # (M, M)
+    log_odds = log_odds[first][:, first].tolist()  # (M, M)
     win_rates = win_rates[first].tolist()
     reason = why_no_pairs(n_responses, scores)
     if reason:
@@ -408,7 +407,7 @@ def pairs_of(row, responses, rewards, odds, counts, *, pair_rule, seed, **settin
             counts[reason] += 1
             continue
         yield pair_record(row, responses[w], responses[l], has_ids) | {
-            "z": odds[w][l],
+            "z": log_odds[w][l],
             "scores": all_scores,
             "q_w": win_rates[w],
             "q_l": win_rates[l],
@@ -511,7 +510,7 @@ def print_summary(numbers):
 
 
 def start_ranker(settings, counts):
-    """The ranker of the settings, as in nanoaipo/rankers.py: from rows to (rewards, odds)."""
+    """The ranker of the settings, as in nanoaipo/rankers.py: from rows to (rewards, log_odds)."""
     from nanoaipo.rankers import load_ranker, with_length_bias  # torch is imported only now
 
     rank = load_ranker(ranker, settings["ranker_model"], settings, counts)
@@ -544,8 +543,8 @@ def judge_the_judge(settings, manifest):
         if run > 0:
             rows = [row | {"id": f"{row['id']} (run {run + 1})"} for row in preferences]
         scores = []
-        for row, (rewards, odds) in zip(rows, rank(rows)):
-            row_scores, _ = score_responses(row["responses"], rewards, odds)
+        for row, (rewards, log_odds) in zip(rows, rank(rows)):
+            row_scores, _ = score_responses(row["responses"], rewards, log_odds)
             scores.append(row_scores.tolist())
         runs.append(agreement(preferences, scores))
 
@@ -676,8 +675,8 @@ def make_pairs(settings, manifest):
         if k in hardest:
             counts["hardest"] += 1
             continue
-        rewards, odds = labels[k]
-        pairs += pairs_of(row, responses, rewards, odds, counts, **settings)
+        rewards, log_odds = labels[k]
+        pairs += pairs_of(row, responses, rewards, log_odds, counts, **settings)
     counts["pairs"] = len(pairs)
     counts_text = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
     if not pairs and WORLD_SIZE == 1:  # of several processes another may have some

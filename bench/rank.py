@@ -149,7 +149,7 @@ def load_ours(folder, device):
     def rank(prompts, candidates):
         counts = collections.Counter()
         matrices = pairrm.compare(model, tokenizer, prompts, candidates, batch_tokens, counts)
-        return [(2 * odds.mean(1)).tolist() for odds in matrices]
+        return [(2 * log_odds.mean(1)).tolist() for log_odds in matrices]
 
     return rank
 

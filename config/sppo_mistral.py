@@ -2,7 +2,7 @@
 
 Leaves out: RMSprop (AdamW here), PairRM on the templated prompt (bare here), their three parts of
 the prompts (drawn anew here), and cutting: a pair above max_length is dropped. Their win rates come
-from differences of llm-blender's scores, which add both orders: twice our odds.
+from differences of llm-blender's scores, which add both orders: twice our log-odds.
 """
 model = "mistralai/Mistral-7B-Instruct-v0.2"  # paper
 prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # paper

@@ -27,8 +27,8 @@ def prompt_text(messages):
 def from_rewards(rewards, temperature):
     """Rewards (N,) and the log-odds (N, N) they imply: [i, j] = (r_i - r_j) / temperature."""
     rewards = torch.tensor(rewards, dtype=torch.float32)  # (N,)
-    odds = (rewards[:, None] - rewards) / temperature  # (N, N)
-    return rewards, odds
+    log_odds = (rewards[:, None] - rewards) / temperature  # (N, N)
+    return rewards, log_odds
 
 
 # ---------------------------------------------------------------------------------------- the judge

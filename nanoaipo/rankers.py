@@ -1,12 +1,12 @@
 """Who says which response is better: one function per ranker.
 
     rank = load_ranker("pairrm", "llm-blender/PairRM", settings, counts)
-    for rewards, odds in rank(rows): ...
+    for rewards, log_odds in rank(rows): ...
 
 A row has `prompt` (messages), `texts` (its distinct responses, any number), `id`, and `answer`
-where prompts carry one. For each row come odds (N, N), antisymmetric: [i, j] is the log-odds that i
-beats j; and rewards (N,), higher is better, nan where a judge gave none; or None in their place,
-where the odds say all there is. Both are float32. A ranker takes the settings that it needs by
+where prompts carry one. For each row come log_odds (N, N), antisymmetric: [i, j] is that of i
+beating j; and rewards (N,), higher is better, nan where a judge gave none; or None in their place,
+where the log-odds say all there is. Both are float32. A ranker takes the settings that it needs by
 their names, with defaults for those that eval.py lacks, and adds what went wrong to `counts`. A new
 ranker is one function and one entry in RANKERS.
 """
@@ -47,7 +47,7 @@ def pairrm(model, counts, *, rank_batch_tokens, **_):
         prompts = [prompt_text(row["prompt"]) for row in rows]
         texts = [row["texts"] for row in rows]
         matrices = compare(network, tokenizer, prompts, texts, rank_batch_tokens, counts)
-        return [(None, odds) for odds in matrices]
+        return [(None, log_odds) for log_odds in matrices]
 
     return rank
 
@@ -94,7 +94,7 @@ def llm_blender(model, counts, **_):
         for (r, i, j), logit in zip(comparisons, logits):
             matrices[r][i, j] = logit / 2
             matrices[r][j, i] = -logit / 2
-        return [(None, odds) for odds in matrices]
+        return [(None, log_odds) for log_odds in matrices]
 
     return rank
 
@@ -304,8 +304,8 @@ def annotators(model, counts, *, annotator_votes=9, pseudo_count=0.5, **settings
     """Several rankers vote on every pair; `model` names them: "pairrm:MODEL reward:MODEL ...".
 
     annotator_votes = 0: each casts one vote for the response it puts first. k: each casts k votes,
-    split by its probability. Rewards are the Bradley-Terry log-strengths of the votes, odds their
-    differences: iREPO's label z (2405.15230).
+    split by its probability. Rewards are the Bradley-Terry log-strengths of the votes, log-odds
+    their differences: iREPO's label z (2405.15230).
     """
     voters = parse_annotators(model)
     settings["pseudo_count"] = pseudo_count  # a judge among them wants it too
@@ -316,12 +316,12 @@ def annotators(model, counts, *, annotator_votes=9, pseudo_count=0.5, **settings
         # one annotator after the other, so that one model at a time is in memory
         for name, path in voters:
             labels = load_ranker(name, path, settings, counts)(rows)
-            for won, (_, odds) in zip(wins, labels):
+            for won, (_, log_odds) in zip(wins, labels):
                 if annotator_votes:
-                    votes = annotator_votes * odds.sigmoid()  # (N, N)
+                    votes = annotator_votes * log_odds.sigmoid()  # (N, N)
                 else:
-                    votes = (odds.sign() + 1) / 2  # (N, N), equals share the vote
-                won += torch.where(odds.isnan(), 0, votes)
+                    votes = (log_odds.sign() + 1) / 2  # (N, N), equals share the vote
+                won += torch.where(log_odds.isnan(), 0, votes)
             lap("computing")
 
         strengths = zermelo(wins, pseudo_count)  # (N,) each
@@ -356,17 +356,17 @@ def load_ranker(ranker, model, settings, counts):
 def with_length_bias(rank, length_bias, reward_temperature):
     """The function `rank` of a judge that likes length: points more for each 100 words of a text.
 
-    Rewards rise by them, and the odds by their difference / reward_temperature. It is for
+    Rewards rise by them, and the log-odds by their difference / reward_temperature. It is for
     experiments: how much of such a bias does an objective amplify?
     """
 
     def rank_with_bias(rows):
-        for row, (rewards, odds) in zip(rows, rank(rows)):
+        for row, (rewards, log_odds) in zip(rows, rank(rows)):
             n_words = torch.tensor([len(text.split()) for text in row["texts"]])  # (N,)
             points = length_bias * n_words / 100
             if rewards is not None:
                 rewards = rewards + points
-            yield rewards, odds + (points[:, None] - points) / reward_temperature
+            yield rewards, log_odds + (points[:, None] - points) / reward_temperature
 
     return rank_with_bias
 

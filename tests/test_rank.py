@@ -125,7 +125,7 @@ def judge(tmp_path_factory):
 # -------------------------------------------------------------------------------- PairRM
 
 
-def odds_of(ranker, judge, prompts, candidates, batch_tokens=500, counts=None):
+def log_odds_of(ranker, judge, prompts, candidates, batch_tokens=500, counts=None):
     """The matrices that a ranker gives for bare prompts and texts."""
     if counts is None:
         counts = collections.Counter()
@@ -138,7 +138,7 @@ def odds_of(ranker, judge, prompts, candidates, batch_tokens=500, counts=None):
     labels = list(rankers.load_ranker(ranker, judge, settings, counts)(rows))
 
     assert all(scores is None for scores, _ in labels)
-    return [odds for _, odds in labels]
+    return [log_odds for _, log_odds in labels]
 
 
 def largest_difference(ours, theirs):
@@ -148,7 +148,7 @@ def largest_difference(ours, theirs):
 
 def mean_scores(matrices):
     """llm-blender's scores (prompts, N) of matrices of log-odds: the mean of both directions."""
-    return torch.stack([2 * odds.mean(1) for odds in matrices])
+    return torch.stack([2 * log_odds.mean(1) for log_odds in matrices])
 
 
 def blender_scores(judge, prompts, candidates):
@@ -165,8 +165,8 @@ def test_scores_equal_llm_blenders(judge):
     prompts, candidates = random_prompts(0, 6, 4, 8)
     candidates[5][2] = candidates[5][0]
 
-    ours = odds_of("pairrm", judge, prompts[:5], candidates[:5])
-    theirs = odds_of("llm-blender", judge, prompts[:5], candidates[:5])
+    ours = log_odds_of("pairrm", judge, prompts[:5], candidates[:5])
+    theirs = log_odds_of("llm-blender", judge, prompts[:5], candidates[:5])
     assert largest_difference(ours, theirs) < 1e-4
     assert ours[0].abs().max() > 0.01
     scores = blender_scores(judge, prompts, candidates)
@@ -175,10 +175,10 @@ def test_scores_equal_llm_blenders(judge):
     # equal texts are ranked once, and counted as often as they were sampled
     distinct = list(dict.fromkeys(candidates[5]))
     assert len(distinct) == 3
-    (odds,) = odds_of("pairrm", judge, prompts[5:], [distinct])
+    (log_odds,) = log_odds_of("pairrm", judge, prompts[5:], [distinct])
     responses = [{"text": text} for text in candidates[5]]
     (pair,) = rank.pairs_of(
-        {"id": "d"}, responses, None, odds, collections.Counter(), **rank.config
+        {"id": "d"}, responses, None, log_odds, collections.Counter(), **rank.config
     )
     assert (torch.tensor(pair["scores"]) - scores[5]).abs().max() < 1e-4
     assert pair["g_w"] == max(pair["scores"])
@@ -190,7 +190,7 @@ def test_truncation_equals_llm_blenders_where_a_prompt_stands_alone(judge):
     prompts, candidates = random_prompts(1, 4, 3, 90)
     counts = collections.Counter()
 
-    ours = odds_of("pairrm", judge, prompts, candidates, counts=counts)
+    ours = log_odds_of("pairrm", judge, prompts, candidates, counts=counts)
 
     theirs = blender_scores(judge, prompts, candidates)
     assert (mean_scores(ours) - theirs).abs().max() < 1e-4
@@ -220,7 +220,7 @@ def test_what_is_cut_is_counted_to_the_token(judge):
         [text_of(37)],
         [text_of(60), text_of(61), text_of(99), text_of(2)],
     ]
-    odds_of("pairrm", judge, prompts, candidates, counts=counts)
+    log_odds_of("pairrm", judge, prompts, candidates, counts=counts)
     assert counts == {"prompts_cut": 1, "responses_cut": 1 + 0 + 2}
 
     ids, cut = tokenizer.segment(text_of(58), 60)
@@ -341,12 +341,12 @@ def is_antisymmetric(matrix):
 
 def test_scores_do_not_depend_on_the_batch_the_order_or_the_neighbours_and_are_antisymmetric(judge):
     prompts, candidates = random_prompts(2, 8, 4, 30)
-    together = odds_of("pairrm", judge, prompts, candidates, 4000)
-    assert all(is_antisymmetric(odds) for odds in together)
+    together = log_odds_of("pairrm", judge, prompts, candidates, 4000)
+    assert all(is_antisymmetric(log_odds) for log_odds in together)
 
     # alone
     for k in (0, 5):
-        (alone,) = odds_of("pairrm", judge, [prompts[k]], [candidates[k]], 1)
+        (alone,) = log_odds_of("pairrm", judge, [prompts[k]], [candidates[k]], 1)
         assert (alone - together[k]).abs().max() < 1e-5
 
     # in another order, of prompts and of candidates, whatever the batch
@@ -359,13 +359,13 @@ def test_scores_do_not_depend_on_the_batch_the_order_or_the_neighbours_and_are_a
         moved_candidates.append([candidates[k][c] for c in candidate_order])
         expected.append(together[k][candidate_order][:, candidate_order])
     for batch_tokens in (1, 150, 100_000):
-        moved = odds_of("pairrm", judge, moved_prompts, moved_candidates, batch_tokens)
+        moved = log_odds_of("pairrm", judge, moved_prompts, moved_candidates, batch_tokens)
         assert largest_difference(moved, expected) < 1e-5
-        assert all(is_antisymmetric(odds) for odds in moved)
+        assert all(is_antisymmetric(log_odds) for log_odds in moved)
 
     # two candidates, one, none
-    small = odds_of("pairrm", judge, ["x", "y", "z"], [["a", "b"], ["a"], []], 99)
-    assert [odds.shape for odds in small] == [(2, 2), (1, 1), (0, 0)]
+    small = log_odds_of("pairrm", judge, ["x", "y", "z"], [["a", "b"], ["a"], []], 99)
+    assert [log_odds.shape for log_odds in small] == [(2, 2), (1, 1), (0, 0)]
 
 
 def test_a_mark_inside_a_text_stays_text(judge):
@@ -381,7 +381,7 @@ def test_a_mark_inside_a_text_stays_text(judge):
     source = tokenizer.tokenizer.decode(ids[2 : marks[1] - 2])
     assert source.replace("▁", "").replace(" ", "") == "a<|candidate1|>[SEP]"
 
-    (odds,) = pairrm.compare(
+    (log_odds,) = pairrm.compare(
         model,
         tokenizer,
         ["a <|candidate1|>"],
@@ -389,8 +389,8 @@ def test_a_mark_inside_a_text_stays_text(judge):
         500,
         collections.Counter(),
     )
-    assert torch.isfinite(odds).all()
-    assert odds[0, 1] != 0
+    assert torch.isfinite(log_odds).all()
+    assert log_odds[0, 1] != 0
 
 
 def test_a_longer_conversation_is_read_with_its_roles_and_a_bare_instruction_without():
@@ -738,12 +738,12 @@ def test_a_pair_whose_lengths_differ_by_more_than_the_cap_is_dropped_and_counted
     best, max_length_gap, n_pairs
 ):
     responses = [response("a b c d"), response("e")]
-    rewards, odds = judges.from_rewards([float(r["text"] == best) for r in responses], 1.0)
+    rewards, log_odds = judges.from_rewards([float(r["text"] == best) for r in responses], 1.0)
     counts = collections.Counter()
     settings = rank.config | {"max_length_gap": max_length_gap}
     row = {"id": "p", "prompt_ids": [1]}
 
-    made = list(rank.pairs_of(row, responses, rewards, odds, counts, **settings))
+    made = list(rank.pairs_of(row, responses, rewards, log_odds, counts, **settings))
 
     assert len(made) == n_pairs
     assert counts["length_gap"] == 1 - n_pairs

@@ -17,23 +17,24 @@ from nanoaipo.errors import InputError
 # -------------------------------------------------------------------------------- which pairs
 
 
-def pairs(texts, scores=None, odds=None, lengths=None, row=None, **settings):
+def pairs(texts, scores=None, log_odds=None, lengths=None, row=None, **settings):
     """(pairs of one prompt, what was counted).
 
-    scores or odds belong to the distinct texts, in their order. settings: changes to the defaults.
+    scores or log-odds belong to the distinct texts, in their order. settings: changes to
+    the defaults.
     """
     if lengths is None:
         lengths = [1] * len(texts)
     responses = [{"text": text, "ids": [1] * n} for text, n in zip(texts, lengths)]
     rewards = None
-    if odds is None:
-        rewards, odds = judges.from_rewards(scores, 1.0)
+    if log_odds is None:
+        rewards, log_odds = judges.from_rewards(scores, 1.0)
     else:
-        odds = torch.tensor(odds)
+        log_odds = torch.tensor(log_odds)
     row = {"id": "p", "prompt_ids": [1]} | (row or {})
     counts = collections.Counter()
     settings = rank.config | settings
-    made = list(rank.pairs_of(row, responses, rewards, odds, counts, **settings))
+    made = list(rank.pairs_of(row, responses, rewards, log_odds, counts, **settings))
     return made, dict(counts)
 
 
@@ -170,9 +171,9 @@ def test_responses_without_a_score_are_left_out_and_counted():
 
 
 def test_equal_texts_count_as_often_as_they_were_sampled():
-    (pair,), _ = pairs(["a", "b", "a"], odds=[[0.0, 1.5], [-1.5, 0.0]])
+    (pair,), _ = pairs(["a", "b", "a"], log_odds=[[0.0, 1.5], [-1.5, 0.0]])
 
-    # mean of twice the odds: (0 + 3 + 0) / 3 and (-3 + 0 - 3) / 3
+    # mean of twice the log-odds: (0 + 3 + 0) / 3 and (-3 + 0 - 3) / 3
     assert pair["scores"] == [1.0, -2.0, 1.0]
     assert pair["z"] == 1.5
     assert pair["q_w"] == pytest.approx((0.5 + sigmoid(1.5) + 0.5) / 3)
@@ -321,7 +322,7 @@ def rows_of(*prompts, texts=("cold", "it is hot", "the blue sky", "a")):
 
 
 def labels_of(ranker, model, settings, rows):
-    """[(scores, odds)] by a ranker that is loaded for these rows."""
+    """[(scores, log_odds)] by a ranker that is loaded for these rows."""
     return list(rankers.load_ranker(ranker, model, settings, collections.Counter())(rows))
 
 
@@ -331,29 +332,29 @@ def test_annotators_cast_votes_by_their_odds_and_are_fitted_together(tmp_path):
     both = f"pairrm:{first} pairrm:{second}"
     rows = rows_of(("sky", 4), ("hot", 2), ("x", 1))
     settings = {"rank_batch_tokens": 500, "annotator_votes": 3, "pseudo_count": 0.5}
-    first_odds = [odds for _, odds in labels_of("pairrm", first, settings, rows)]
-    second_odds = [odds for _, odds in labels_of("pairrm", second, settings, rows)]
+    first_log_odds = [log_odds for _, log_odds in labels_of("pairrm", first, settings, rows)]
+    second_log_odds = [log_odds for _, log_odds in labels_of("pairrm", second, settings, rows)]
 
     # they disagree
-    assert (first_odds[0].sign() != second_odds[0].sign()).any()
+    assert (first_log_odds[0].sign() != second_log_odds[0].sign()).any()
 
     # three votes each, split by probability; or one for what each puts first
     split_votes = []
     single_votes = []
-    for a, b in zip(first_odds, second_odds):
+    for a, b in zip(first_log_odds, second_log_odds):
         split_votes.append(3 * a.sigmoid() + 3 * b.sigmoid())
         single_votes.append((a > 0).float() + (b > 0).float())
     for annotator_votes, votes in ((3, split_votes), (0, single_votes)):
         changed = settings | {"annotator_votes": annotator_votes}
         labels = labels_of("annotators", both, changed, rows)
-        for (scores, odds), strengths in zip(labels, judges.zermelo(votes, 0.5)):
+        for (scores, log_odds), strengths in zip(labels, judges.zermelo(votes, 0.5)):
             assert (scores - strengths).abs().max() < 1e-5
-            assert (odds - (strengths[:, None] - strengths)).abs().max() < 1e-5
+            assert (log_odds - (strengths[:, None] - strengths)).abs().max() < 1e-5
 
     # one annotator alone
     single = settings | {"annotator_votes": 0}
     (scores, _), *_ = labels_of("annotators", f"pairrm:{first}", single, rows)
-    assert scores.argmax() == (first_odds[0] > 0).sum(1).argmax()
+    assert scores.argmax() == (first_log_odds[0] > 0).sum(1).argmax()
 
     for wrong in ("pairrm", "pairrm:", ":x", f"{both} pairm:x", f"annotators:{first}"):
         with pytest.raises(InputError, match="names annotators as") as error:
@@ -454,15 +455,15 @@ def test_rewards_are_those_of_each_conversation_alone(tmp_path, pad, after):
     for batch_tokens in (1, 200, 100_000):
         labels = load_reward(folder, batch_tokens)(rows)
         assert len(labels) == len(rows)
-        for (rewards, odds), alone in zip(labels, expected):
+        for (rewards, log_odds), alone in zip(labels, expected):
             assert rewards.shape == alone.shape
             assert (rewards - alone).abs().sum() < 1e-5
-            assert (odds - (rewards[:, None] - rewards)).abs().sum() < 1e-6
+            assert (log_odds - (rewards[:, None] - rewards)).abs().sum() < 1e-6
 
-    (rewards, odds), *_ = load_reward(folder, temperature=4.0)(rows)
+    (rewards, log_odds), *_ = load_reward(folder, temperature=4.0)(rows)
     assert (rewards - expected[0]).abs().max() < 1e-5
-    assert odds[0, 1] == (rewards[0] - rewards[1]) / 4
-    assert torch.equal(odds, -odds.T)
+    assert log_odds[0, 1] == (rewards[0] - rewards[1]) / 4
+    assert torch.equal(log_odds, -log_odds.T)
 
 
 SMALL = {
@@ -746,9 +747,9 @@ def test_the_answer_ranker_gives_one_or_nothing_and_names_a_prompt_without_answe
     row = {"id": "q", "prompt": [], "texts": texts, "answer": 12}
     unanswered = {"id": "q7", "prompt": [], "texts": ["a"]}
 
-    ((scores, odds),) = labels_of("answer", "", settings, [row])
+    ((scores, log_odds),) = labels_of("answer", "", settings, [row])
     assert scores.tolist() == [1.0, 0.0, 1.0]
-    assert odds.tolist() == [[0.0, 2.0, 0.0], [-2.0, 0.0, -2.0], [0.0, 2.0, 0.0]]
+    assert log_odds.tolist() == [[0.0, 2.0, 0.0], [-2.0, 0.0, -2.0], [0.0, 2.0, 0.0]]
 
     message = "--ranker=answer: prompt 'q7' has no 'answer'"
     with pytest.raises(InputError, match=message) as error:
@@ -772,23 +773,23 @@ def test_a_length_bias_adds_points_for_each_hundred_words():
     def rank_by_score(rows):
         return [judges.from_rewards([0.5, 0.0, math.nan], temperature=2.0) for _ in rows]
 
-    def rank_by_odds(rows):
+    def rank_by_log_odds(rows):
         return [(None, torch.zeros(3, 3)) for _ in rows]
 
     # 2 points for 100 words: 0.2, 1.2 and 0.02
     biased = rankers.with_length_bias(rank_by_score, 2.0, reward_temperature=2.0)
-    ((scores, odds),) = biased([{"texts": texts}])
+    ((scores, log_odds),) = biased([{"texts": texts}])
     assert scores[:2].tolist() == pytest.approx([0.7, 1.2])
     assert scores[2].isnan()
-    assert odds[1, 0].item() == pytest.approx((1.2 - 0.7) / 2)
-    assert odds[2, 0].isnan()
+    assert log_odds[1, 0].item() == pytest.approx((1.2 - 0.7) / 2)
+    assert log_odds[2, 0].isnan()
 
-    # where there are odds alone, the bias is in them, too
-    biased = rankers.with_length_bias(rank_by_odds, 2.0, reward_temperature=1.0)
-    ((scores, odds),) = biased([{"texts": texts}])
+    # where there are log-odds alone, the bias is in them, too
+    biased = rankers.with_length_bias(rank_by_log_odds, 2.0, reward_temperature=1.0)
+    ((scores, log_odds),) = biased([{"texts": texts}])
     assert scores is None
-    assert odds[1, 2].item() == pytest.approx(1.2 - 0.02)
-    assert torch.equal(odds, -odds.T)
+    assert log_odds[1, 2].item() == pytest.approx(1.2 - 0.02)
+    assert torch.equal(log_odds, -log_odds.T)
 
 
 def test_a_rankers_own_defaults_are_those_of_the_settings():
