@@ -31,7 +31,7 @@ sp = softplus
 # ---------------------------------------------------------------------------- symbols
 
 
-def margins(logp_w, logp_l, ref_w, ref_l, len_w, len_l, z=None, **extra):
+def symbols_of(logp_w, logp_l, ref_w, ref_l, len_w, len_l, z=None, **extra):
     """The symbols at the top of this file as a dict of (B,) tensors; extra columns pass through."""
     r_w = logp_w - ref_w
     r_l = logp_l - ref_l
@@ -261,8 +261,8 @@ def arguments_of(mix):
 def term_losses(mix, symbols, *, label_smoothing=0.0, **settings):
     """{objective: loss per pair, (B,)} of each term of a mix, before its weight.
 
-    symbols: `margins(...)`. Settings that no term reads are ignored. label_smoothing turns p into
-    (1 - eps) p + eps (1 - p) for every objective that reads p. Raises ValueError for an unknown
+    symbols: as of `symbols_of`. Settings that no term reads are ignored. label_smoothing mixes that
+    share of 1 - p into p, for every objective that reads p. Raises ValueError for an unknown
     objective, a missing setting, a column that the pairs do not carry (z, q_w, q_l, g_w, g_l), or
     smoothing where no term reads p.
     """

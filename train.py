@@ -469,7 +469,7 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
     def symbols(pair_ids, logp_w, logp_l):
         """The symbols of losses.py for these pairs."""
         of_pairs = {name: column[pair_ids] for name, column in columns.items()}
-        m = losses.margins(logp_w, logp_l, **of_pairs)
+        m = losses.symbols_of(logp_w, logp_l, **of_pairs)
         if not soft_labels:  # a term that reads z does not soften the others' labels
             m["p"] = torch.ones_like(logp_w)
         return m

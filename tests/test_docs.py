@@ -288,7 +288,7 @@ def test_the_objective_of_the_readme_is_one(folder):
     exec(code.replace(start, f"{start}    {line},\n", 1), names)
 
     tensor = names["torch"].tensor
-    m = names["margins"](*(tensor([x]) for x in (-10.0, -30.0, -12.0, -20.0, 5.0, 5.0)))
+    m = names["symbols_of"](*(tensor([x]) for x in (-10.0, -30.0, -12.0, -20.0, 5.0, 5.0)))
     loss = names["pair_loss"]("my_dpo", m, beta=0.3).item()
     assert loss == pytest.approx(0.5544, abs=1e-4)  # log(1 + e^-.3)
 

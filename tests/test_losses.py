@@ -14,9 +14,9 @@ from losses import (
     arguments_of,
     drawn_tokens,
     logprob,
-    margins,
     pair_loss,
     segment_sums,
+    symbols_of,
     term_losses,
     weights_of,
     wpo_weights,
@@ -334,7 +334,7 @@ def columns_of(pairs, dtype=torch.float64):
 
 def loss_and_gradients(name, columns, **settings):
     """Loss per pair and its derivatives by logp_w and logp_l, (B,) each; SETTINGS unless given."""
-    loss = pair_loss(name, margins(**columns), **{**SETTINGS, **settings})
+    loss = pair_loss(name, symbols_of(**columns), **{**SETTINGS, **settings})
     d_w, d_l = torch.autograd.grad(
         loss.sum(), (columns["logp_w"], columns["logp_l"]), materialize_grads=True
     )
@@ -419,7 +419,7 @@ ENVELOPE = [
 
 @pytest.mark.parametrize("name, pair, settings, value", ENVELOPE)
 def test_values_that_fit_on_the_back_of_an_envelope(name, pair, settings, value):
-    loss = pair_loss(name, margins(**columns_of([EQUAL | pair])), **settings)
+    loss = pair_loss(name, symbols_of(**columns_of([EQUAL | pair])), **settings)
 
     assert loss.item() == pytest.approx(value, abs=1e-9)
 
@@ -471,7 +471,7 @@ def test_limits_lead_from_one_objective_to_another(name, settings, other, other_
 
 def test_irepo_is_zero_where_the_reward_equals_the_evidence():
     columns = columns_of(PAIRS)
-    columns["z"] = (0.3 * margins(**columns)["s"]).detach()
+    columns["z"] = (0.3 * symbols_of(**columns)["s"]).detach()
 
     for values in loss_and_gradients("irepo", columns, beta=0.3):
         assert (values == 0).all()
@@ -638,7 +638,7 @@ def test_a_mix_reads_what_its_terms_read_each_once():
 
 
 def test_the_terms_of_a_mix_are_what_each_would_be_alone():
-    symbols = margins(**columns_of(PAIRS))
+    symbols = symbols_of(**columns_of(PAIRS))
 
     terms = term_losses(MPO, symbols, **SETTINGS)
 
@@ -649,7 +649,7 @@ def test_the_terms_of_a_mix_are_what_each_would_be_alone():
 
 def test_label_smoothing_of_a_mix_reaches_the_terms_that_read_the_label():
     columns = columns_of(PAIRS)
-    symbols = margins(**columns)
+    symbols = symbols_of(**columns)
 
     smooth = pair_loss("dpo+nll", symbols, label_smoothing=0.1, **SETTINGS)
 
@@ -710,7 +710,7 @@ def test_a_mistake_is_refused_with_a_message_that_names_it(name, missing, settin
     columns.pop(missing, None)
 
     with pytest.raises(ValueError) as error:
-        pair_loss(name, margins(**columns), **settings)
+        pair_loss(name, symbols_of(**columns), **settings)
 
     for word in words:
         assert word in str(error.value)
@@ -839,7 +839,7 @@ def test_loss_and_gradients_equal_those_of_a_trl_trainer(name, tmp_path, monkeyp
 
     # pair by pair, because TRL's NLL is a token mean over the batch
     for i, (prompt, chosen, rejected) in enumerate(TEXTS):
-        symbols = margins(
+        symbols = symbols_of(
             summed(policy, prompt, chosen),
             summed(policy, prompt, rejected),
             summed(reference, prompt, chosen).detach(),
