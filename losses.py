@@ -225,7 +225,7 @@ OBJECTIVES = dict(
 # fmt: on
 
 
-def weights_of(mix):
+def parse_mix(mix):
     """{objective: weight} of a mix: one objective, or several: 0.8*dpo+0.2*bco+nll (2411.10442).
 
     Raises ValueError for a term that is neither an objective nor weight*objective, a weight of 0,
@@ -251,7 +251,7 @@ def weights_of(mix):
 def arguments_of(mix):
     """(symbols, settings) that a mix reads: the names before and behind the star of each term."""
     parameters = []
-    for name in weights_of(mix):
+    for name in parse_mix(mix):
         parameters += inspect.signature(OBJECTIVES[name]).parameters.values()
     symbols = [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY]
     settings = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
@@ -275,7 +275,7 @@ def term_losses(mix, symbols, *, label_smoothing=0.0, **settings):
     symbols = symbols | {"p": (1 - label_smoothing) * p + label_smoothing * (1 - p)}
 
     terms = {}
-    for name in weights_of(mix):
+    for name in parse_mix(mix):
         symbol_names, setting_names = arguments_of(name)
         arguments = select(symbols, symbol_names, f"loss '{name}' needs the column of the pairs")
         arguments |= select(settings, setting_names, f"loss '{name}' needs the setting")
@@ -293,7 +293,7 @@ def select(values, names, needs):
 
 def weighted_sum(mix, terms):
     """Loss per pair, (B,), of a mix: its `term_losses`, each times its weight."""
-    return sum(weight * terms[name] for name, weight in weights_of(mix).items())
+    return sum(weight * terms[name] for name, weight in parse_mix(mix).items())
 
 
 def pair_loss(mix, symbols, **settings):

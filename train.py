@@ -445,7 +445,10 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
     )
 
     def forward(pair_ids):
-        """(logp_w, logp_l, weights, padding) of these pairs: (B,) three times, and a share."""
+        """(logp_w, logp_l, pair_weights, padding) of these pairs: (B,) each, and a share.
+
+        pair_weights are WPO's, else all 1.
+        """
         row, lengths, padding = pack([records[i] for i in pair_ids], policy.kernel)
         lengths = lengths.to(device)  # (2B,)
         if wpo:
@@ -461,10 +464,10 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
             summed = logp.where(losses.drawn_tokens(lengths, seeds), 0)
         sums = losses.segment_sums(summed, lengths, ld_alpha)  # (2B,)
         logp_w, logp_l = sums.view(-1, 2).T.contiguous()  # (2, B)
-        weights = torch.ones_like(logp_w)
+        pair_weights = torch.ones_like(logp_w)
         if wpo:
-            weights = losses.wpo_weights(logp, log_squares, lengths)
-        return logp_w, logp_l, weights, padding
+            pair_weights = losses.wpo_weights(logp, log_squares, lengths)
+        return logp_w, logp_l, pair_weights, padding
 
     def symbols(pair_ids, logp_w, logp_l):
         """The symbols of losses.py for these pairs."""
@@ -521,13 +524,13 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
         totals = 0
         for micro_batch in micro_batches:
             pair_ids = micro_batch[RANK]
-            logp_w, logp_l, weights, padding = forward(pair_ids)
+            logp_w, logp_l, pair_weights, padding = forward(pair_ids)
             m = symbols(pair_ids, logp_w, logp_l)
             terms = losses.term_losses(loss, m, **config)  # {objective: (B,)}
             per_pair = losses.weighted_sum(loss, terms)  # (B,)
 
             # FSDP averages over the processes; WORLD_SIZE makes it the mean over the step's pairs
-            mean_loss = (weights * per_pair).sum() * WORLD_SIZE / n_pairs
+            mean_loss = (pair_weights * per_pair).sum() * WORLD_SIZE / n_pairs
             mean_loss.backward()
 
             # one value per pair; the log has their means. A new number in it is one line here
@@ -543,9 +546,9 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
                 "logp_rejected": logp_l,
                 "len_chosen": m["len_w"],
                 "len_rejected": m["len_l"],
-                "weight": weights,
+                "weight": pair_weights,
                 # a share of each micro-batch, so scaled that its sum over n_pairs is their mean
-                "padding": weights.new_tensor(
+                "padding": pair_weights.new_tensor(
                     padding * n_pairs / (WORLD_SIZE * len(micro_batches))
                 ),
             }

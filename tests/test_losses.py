@@ -15,10 +15,10 @@ from losses import (
     drawn_tokens,
     logprob,
     pair_loss,
+    parse_mix,
     segment_sums,
     symbols_of,
     term_losses,
-    weights_of,
     wpo_weights,
 )
 
@@ -617,7 +617,7 @@ def test_a_mix_and_its_gradients_are_the_weighted_sums_of_its_terms_alone(mix):
     columns = columns_of(PAIRS)
 
     expected = [0, 0, 0]
-    for name, weight in weights_of(mix).items():
+    for name, weight in parse_mix(mix).items():
         alone = loss_and_gradients(name, columns)
         expected = [total + weight * value for total, value in zip(expected, alone)]
 
@@ -625,9 +625,9 @@ def test_a_mix_and_its_gradients_are_the_weighted_sums_of_its_terms_alone(mix):
 
 
 def test_a_mix_is_read_as_it_is_written():
-    assert weights_of("dpo") == {"dpo": 1}
-    assert list(weights_of(MPO).items()) == [("dpo", 0.8), ("bco", 0.2), ("nll", 1)]
-    assert weights_of(" .5 * alpha_dpo_24 + 2e-3*rpo ") == {"alpha_dpo_24": 0.5, "rpo": 0.002}
+    assert parse_mix("dpo") == {"dpo": 1}
+    assert list(parse_mix(MPO).items()) == [("dpo", 0.8), ("bco", 0.2), ("nll", 1)]
+    assert parse_mix(" .5 * alpha_dpo_24 + 2e-3*rpo ") == {"alpha_dpo_24": 0.5, "rpo": 0.002}
 
 
 def test_a_mix_reads_what_its_terms_read_each_once():
@@ -678,7 +678,7 @@ def test_label_smoothing_of_a_mix_reaches_the_terms_that_read_the_label():
 )
 def test_what_is_no_mix_is_refused_in_one_line_that_says_what_can_be_written(mix, word):
     with pytest.raises(ValueError) as error:
-        weights_of(mix)
+        parse_mix(mix)
 
     assert word in str(error.value)
     assert "\n" not in str(error.value)
