@@ -469,14 +469,6 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
             pair_weights = losses.wpo_weights(logp, log_squares, lengths)
         return logp_w, logp_l, pair_weights, padding
 
-    def symbols(pair_ids, logp_w, logp_l):
-        """The symbols of losses.py for these pairs."""
-        of_pairs = {name: column[pair_ids] for name, column in columns.items()}
-        m = losses.symbols_of(logp_w, logp_l, **of_pairs)
-        if not soft_labels:  # a term that reads z does not soften the others' labels
-            m["p"] = torch.ones_like(logp_w)
-        return m
-
     # ---- the plan
     is_padded = policy.kernel == "padded"
     steps = plan_epochs(tokens_of_pairs(records, is_padded), is_padded)
@@ -487,7 +479,15 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
     n_steps_per_epoch = math.ceil(len(records) / batch_size)
     first_epoch = [micro_batch for step in steps[:n_steps_per_epoch] for micro_batch in step]
     reference, source = reference_pass(forward, policy, first_epoch, manifest, output_dir, device)
-    columns["ref_w"], columns["ref_l"] = reference.unbind(1)  # `symbols` reads them from here on
+    columns["ref_w"], columns["ref_l"] = reference.unbind(1)
+
+    def symbols(pair_ids, logp_w, logp_l):
+        """The symbols of losses.py for these pairs."""
+        of_pairs = {name: column[pair_ids] for name, column in columns.items()}
+        m = losses.symbols_of(logp_w, logp_l, **of_pairs)  # p = sig(z) where the pairs carry z
+        if not soft_labels:  # as AIPO and DPO have it, also beside a term of a mix that reads z
+            m["p"] = torch.ones_like(logp_w)
+        return m
 
     # ---- what is about to run
     peak_rate = matmul_rate(device, precision)  # FLOP/s, what MFU refers to
