@@ -181,13 +181,13 @@ def plan_epochs(n_tokens, padded):
     return steps
 
 
-def pairs_in(micro_batches):
+def indices_in(micro_batches):
     """Indices of all pairs in these micro-batches."""
-    indices = []
+    found = []
     for micro_batch in micro_batches:
-        for pair_ids in micro_batch:
-            indices += pair_ids
-    return indices
+        for indices in micro_batch:
+            found += indices
+    return found
 
 
 # ---------------------------------------------------------------------------- schedule and log
@@ -280,16 +280,16 @@ def reference_pass(forward, policy, micro_batches, manifest, output_dir, device)
         [manifest["inputs"], dtype, max_length, ld_alpha, draw, manifest["versions"]],
         sort_keys=True,
     )
-    reference = load_reference(cache, made_from, pairs_in(micro_batches), device)
+    reference = load_reference(cache, made_from, indices_in(micro_batches), device)
     if reference is not None:
         return reference, f"from {cache}"
 
     reference = torch.zeros(manifest["counts"]["pairs"], 2, device=device)
     with torch.no_grad():
         for micro_batch in micro_batches:
-            pair_ids = micro_batch[RANK]
-            logp_w, logp_l, *_ = forward(pair_ids)
-            reference[pair_ids] = torch.stack([logp_w, logp_l], 1)  # (B, 2)
+            indices = micro_batch[RANK]
+            logp_w, logp_l, *_ = forward(indices)
+            reference[indices] = torch.stack([logp_w, logp_l], 1)  # (B, 2)
     policy.reshard()  # without backward the root stays gathered: steps would not reach it
     dist.all_reduce(reference)  # each process filled the rows of its own pairs
     save_reference(cache, made_from, reference)
@@ -303,12 +303,12 @@ def first_loss(symbols, reference, micro_batches):
     total = 0
     try:
         for micro_batch in micro_batches:
-            for pair_ids in micro_batch:
-                m = symbols(pair_ids, *reference[pair_ids].unbind(1))
+            for indices in micro_batch:
+                m = symbols(indices, *reference[indices].unbind(1))
                 total += losses.pair_loss(loss, m, **config).sum().item()
     except ValueError as e:  # a column that the pairs lack, or smoothing without p
         raise InputError(f"--loss={loss}: {e}") from None
-    expected = total / len(pairs_in(micro_batches))
+    expected = total / len(indices_in(micro_batches))
     if not math.isfinite(expected):
         raise InputError(
             f"--loss={loss}: with these settings and pairs the loss is {expected} "
@@ -326,7 +326,7 @@ def compare_with_sampler(records, reference, micro_batches):
     """
     logps = reference.tolist()
     differences = []
-    for i in pairs_in(micro_batches):
+    for i in indices_in(micro_batches):
         differences += differences_of_pair(records[i], *logps[i])
     if not differences:
         return {}
@@ -444,23 +444,23 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
         fused=True,
     )
 
-    def forward(pair_ids):
+    def forward(indices):
         """(logp_w, logp_l, pair_weights, padding) of these pairs: (B,) each, and a share.
 
         pair_weights are WPO's, else all 1.
         """
-        row, lengths, padding = pack([records[i] for i in pair_ids], policy.kernel)
+        row, lengths, padding = pack([records[i] for i in indices], policy.kernel)
         lengths = lengths.to(device)  # (2B,)
         if wpo:
             logp, log_squares = policy(**row)  # (N,) each, N response tokens
         else:
             logp = policy(**row)  # (N,)
-        if not pair_ids:  # this process takes part only because the others need its collectives
+        if not indices:  # this process takes part only because the others need its collectives
             return logp, logp, logp.detach(), padding
 
         summed = logp
         if sampo:
-            seeds = [derive_seed(seed, i) for i in pair_ids]  # whatever the step and micro-batch
+            seeds = [derive_seed(seed, i) for i in indices]  # whatever the step and micro-batch
             summed = logp.where(losses.drawn_tokens(lengths, seeds), 0)
         sums = losses.segment_sums(summed, lengths, ld_alpha)  # (2B,)
         logp_w, logp_l = sums.view(-1, 2).T.contiguous()  # (2, B)
@@ -481,9 +481,9 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
     reference, source = reference_pass(forward, policy, first_epoch, manifest, output_dir, device)
     columns["ref_w"], columns["ref_l"] = reference.unbind(1)
 
-    def symbols(pair_ids, logp_w, logp_l):
+    def symbols(indices, logp_w, logp_l):
         """The symbols of losses.py for these pairs."""
-        of_pairs = {name: column[pair_ids] for name, column in columns.items()}
+        of_pairs = {name: column[indices] for name, column in columns.items()}
         m = losses.symbols_of(logp_w, logp_l, **of_pairs)  # p = sig(z) where the pairs carry z
         if not soft_labels:  # as AIPO and DPO have it, also beside a term of a mix that reads z
             m["p"] = torch.ones_like(logp_w)
@@ -516,16 +516,15 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
             wandb_run = wandb_package.init(project="nanoaipo", name=final_dir, config=config)
 
     # ---- the loop
-    n_tokens = tokens_of_pairs(records)  # as the log counts them, without padding
     for step, micro_batches in enumerate(steps[start:], start):
         t0 = time.monotonic()
-        batch = pairs_in(micro_batches)
+        batch = [records[i] for i in indices_in(micro_batches)]  # of all processes
         n_pairs = len(batch)
         totals = 0
         for micro_batch in micro_batches:
-            pair_ids = micro_batch[RANK]
-            logp_w, logp_l, pair_weights, padding = forward(pair_ids)
-            m = symbols(pair_ids, logp_w, logp_l)
+            indices = micro_batch[RANK]  # of this process's pairs
+            logp_w, logp_l, pair_weights, padding = forward(indices)
+            m = symbols(indices, logp_w, logp_l)
             terms = losses.term_losses(loss, m, **config)  # {objective: (B,)}
             per_pair = losses.weighted_sum(loss, terms)  # (B,)
 
@@ -566,17 +565,17 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
             group["lr"] = step_lr
         grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip).full_tensor().item()
         record = {"step": step, "lr": step_lr, **means, "grad_norm": grad_norm, **compared}
-        check_step(record, expected, [records[i] for i in batch])
+        check_step(record, expected, batch)
         optimizer.step()
         optimizer.zero_grad()
 
         seconds = time.monotonic() - t0
         record["pairs"] = n_pairs
-        record["tokens"] = sum(n_tokens[i] for i in batch)
+        record["tokens"] = sum(tokens_of_pairs(batch))  # without padding
         record["seconds"] = seconds
         record["tokens_per_s"] = record["tokens"] / seconds
         record["memory_gib"] = peak_memory(device)
-        model_flops = flops(policy, [records[i] for i in batch])
+        model_flops = flops(policy, batch)
         record["mfu"] = model_flops / seconds / (peak_rate * WORLD_SIZE)
         if RANK == 0:
             metrics.write(json.dumps(record) + "\n")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from nanoaipo.processes import RANK, print0
 
 
-def read_cache(path, made_from, pair_ids):
+def read_cache(path, made_from, indices):
     """The tensor in the file, or None if it cannot serve for the pairs with these indices."""
     try:
         with safe_open(path, "pt") as f:
@@ -24,19 +24,19 @@ def read_cache(path, made_from, pair_ids):
             reference = f.get_tensor("reference")  # (pairs, 2)
     except SafetensorError:
         return None
-    if not reference[pair_ids].all():  # 0 stands for a pair that was not computed
+    if not reference[indices].all():  # 0 stands for a pair that was not computed
         return None
     return reference
 
 
-def load_reference(path, made_from, pair_ids, device):
+def load_reference(path, made_from, indices, device):
     """Log-probs (pairs, 2) from the cache, or None, on all processes, if one of them cannot use it.
 
-    made_from: text that has to be that of save_reference. pair_ids: the pairs that are needed.
+    made_from: text that has to be that of save_reference. indices: the pairs that are needed.
     """
     reference = None
     if os.path.exists(path):
-        reference = read_cache(path, made_from, pair_ids)
+        reference = read_cache(path, made_from, indices)
         if reference is None:
             print0(
                 f"{path}: not whole, or made by another model, dtype or version, "

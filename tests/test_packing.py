@@ -126,10 +126,10 @@ def test_padded_micro_batches_hold_pairs_of_about_one_length_within_the_budget()
     for step in steps:
         for micro_batch in step:
             assert len(micro_batch) == 2  # a list for each process
-            for pair_ids in micro_batch:
-                planned += pair_ids
-                longest = max((lengths[i] for i in pair_ids), default=0)
-                assert len(pair_ids) == 1 or longest * len(pair_ids) <= 500
+            for indices in micro_batch:
+                planned += indices
+                longest = max((lengths[i] for i in indices), default=0)
+                assert len(indices) == 1 or longest * len(indices) <= 500
     assert sorted(planned) == list(range(50))
 
 

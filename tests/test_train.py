@@ -229,10 +229,10 @@ def test_a_plan_deals_every_pair_once_within_budget_and_to_all_processes_alike(w
             dealt = []
             for micro_batch in micro_batches:
                 assert len(micro_batch) == world_size
-                for pair_ids in micro_batch:
-                    n_tokens = sum(lengths[i] for i in pair_ids)
-                    assert n_tokens <= budget or len(pair_ids) == 1
-                    dealt += pair_ids
+                for indices in micro_batch:
+                    n_tokens = sum(lengths[i] for i in indices)
+                    assert n_tokens <= budget or len(indices) == 1
+                    dealt += indices
             assert sorted(dealt) == sorted(batch)
 
 
