@@ -21,7 +21,7 @@ import torch.distributed as dist
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
 
-from nanoaipo.packing import layout, pack  # noqa: E402
+from nanoaipo.packing import pack, segments_of  # noqa: E402
 from nanoaipo.policy import build_policy  # noqa: E402
 from nanoaipo.weights import load_weights  # noqa: E402
 
@@ -66,7 +66,7 @@ def twice(pairs, kernel):
             sequences.append(sequence)
             index.append(sequence[len(prompt) - 1 : -1])
             labels.append(response)
-    segments, _ = layout(sequences, kernel)
+    segments, _ = segments_of(sequences, kernel)
     return {
         "input_ids": torch.cat(ids)[None],  # (1, T)
         "position_ids": torch.cat(positions)[None],  # (1, T)

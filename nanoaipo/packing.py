@@ -2,8 +2,9 @@
 
 A micro-batch is one row of tokens, (1, T), without padding. A pair lies in it as prompt, chosen,
 rejected, so each token of the prompt is computed once (prefix sharing, 2410.20305). Only attention
-has to know that these are two sequences with a common beginning: `layout` tells it where each one's
-tokens stand in the row. Everything else in a transformer treats its tokens one by one.
+has to know that these are two sequences with a common beginning: its argument `segments` tells it
+where each one's tokens stand in the row. Everything else in a transformer treats its tokens one by
+one.
 
 There are two attention functions ("kernels"). Both copy the sequences out of the row, attend within
 each, and copy one result per token back:
@@ -136,7 +137,7 @@ def pack(pairs, kernel):
         sequences           [0 1 2 3 4] and [0 1 2 5], the places of each one's tokens
         index      (N,)     [2 3 2], the places whose hidden states predict c0, c1 and r0
         labels     (N,)     [c0 c1 r0]
-        segments            the sequences as the kernel wants them, see `layout`
+        segments            the sequences as the kernel wants them, see `segments_of`
         lengths    (2B,)    [2 1], of chosen and rejected of each pair in turn
 
     N counts the response tokens of all pairs. padding: the share of what attention computes that is
@@ -176,7 +177,7 @@ def pack(pairs, kernel):
         ids = positions = sequences = [torch.zeros(1, dtype=torch.long)]
         index = labels = [torch.zeros(0, dtype=torch.long)]
 
-    segments, n_slots = layout(sequences, kernel)
+    segments, n_slots = segments_of(sequences, kernel)
     padding = 1 - sum(len(sequence) for sequence in sequences) / n_slots
     row = {
         "input_ids": torch.cat(ids)[None],  # (1, T)
@@ -240,8 +241,8 @@ def as_tensor(buffer):
     return torch.frombuffer(buffer, dtype=torch.int32).long()
 
 
-def layout(sequences, kernel):
-    """What the kernel needs to know of a row, as a dict, and the number of slots S it computes.
+def segments_of(sequences, kernel):
+    """The segments of a row, a dict of what its kernel needs, and how many slots S it computes.
 
     sequences: a tensor for each, the places of its tokens in the row. Together they cover the row,
     and a token of a prompt is in two of them. A slot holds one token of one sequence, or padding.
@@ -257,12 +258,12 @@ def layout(sequences, kernel):
     """
     longest_first = sorted(sequences, key=len, reverse=True)
     if kernel == "packed_varlen":
-        return flat_layout(longest_first)
-    return padded_layout(longest_first)
+        return varlen_segments(longest_first)
+    return sdpa_segments(longest_first)
 
 
-def padded_layout(longest_first):
-    """The layout of packed_sdpa."""
+def sdpa_segments(longest_first):
+    """The segments of packed_sdpa."""
     # A block's sequences have about one length, so at most a fifth of it is padding
     blocks = []
     for sequence in longest_first:
@@ -280,8 +281,8 @@ def padded_layout(longest_first):
     return segments, len(slots)
 
 
-def flat_layout(longest_first):
-    """The layout of packed_varlen."""
+def varlen_segments(longest_first):
+    """The segments of packed_varlen."""
     flat = torch.cat(longest_first)  # (S,)
     lengths = torch.tensor([0] + [len(sequence) for sequence in longest_first])
     segments = {

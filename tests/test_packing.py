@@ -11,7 +11,7 @@ from torch.nn.attention import varlen
 
 from nanoaipo import chat, pairs
 from nanoaipo.errors import InputError
-from nanoaipo.packing import layout, pack, packed_sdpa, packed_varlen, plan
+from nanoaipo.packing import pack, packed_sdpa, packed_varlen, plan, segments_of
 
 KERNELS = ("packed_sdpa", "packed_varlen")
 
@@ -136,7 +136,7 @@ def test_padded_micro_batches_hold_pairs_of_about_one_length_within_the_budget()
 def test_sequences_of_unlike_lengths_are_in_blocks_of_their_own():
     short_and_long = [torch.tensor([0, 1, 6]), torch.arange(6)]
 
-    segments, n_slots = layout(short_and_long, "packed_sdpa")
+    segments, n_slots = segments_of(short_and_long, "packed_sdpa")
 
     assert [rows.tolist() for rows in segments["rows"]] == [[[0, 1, 2, 3, 4, 5]], [[0, 1, 6]]]
     assert segments["back"].tolist() == [0, 1, 2, 3, 4, 5, 8]
@@ -145,7 +145,7 @@ def test_sequences_of_unlike_lengths_are_in_blocks_of_their_own():
     # 8 is four fifths of 10, so these two share a block; 7 is less
     near_the_limit = [torch.arange(7), torch.arange(8), torch.arange(10)]
 
-    segments, n_slots = layout(near_the_limit, "packed_sdpa")
+    segments, n_slots = segments_of(near_the_limit, "packed_sdpa")
 
     assert [rows.shape for rows in segments["rows"]] == [(2, 10), (1, 7)]
     assert n_slots == 27
