@@ -431,8 +431,8 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
         lora_alpha=lora_alpha,
         squares=wpo,
     )
-    if policy.reason:
-        print0(f"padded rows, one sequence each: {policy.reason}")
+    if policy.why_padded:
+        print0(f"padded rows, one sequence each: {policy.why_padded}")
     load_weights(policy, model, seed)
     lap("loading")
     trained = {name: p for name, p in policy.lm.named_parameters() if p.requires_grad}

@@ -22,11 +22,11 @@ class Policy(torch.nn.Module):
     FSDP gathers the head's weight for the root's forward, so it is whole when losses.logprob runs.
     """
 
-    def __init__(self, lm, kernel, reason, attention_width, chunk, squares, factor, softcap):
+    def __init__(self, lm, kernel, why_padded, attention_width, chunk, squares, factor, softcap):
         super().__init__()
         self.lm = lm
         self.kernel = kernel  # for packing.pack
-        self.reason = reason  # why rows are padded, "" if they are not
+        self.why_padded = why_padded  # the reason, "" where rows are packed
         self.attention_width = attention_width
         self.chunk = chunk
         self.squares = squares
@@ -41,12 +41,12 @@ class Policy(torch.nn.Module):
         squares there are two results, as of losses.logprob.
         """
         if segments is not None:
-            places = {"position_ids": position_ids, "segments": segments}
+            arguments = {"position_ids": position_ids, "segments": segments}
         elif self.moving_rope:
-            places = {"position_ids": position_ids}
+            arguments = {"position_ids": position_ids}
         else:
-            places = {}  # one sequence a row, from position 0: what any model computes by itself
-        output = layouts.text_model(self.lm)(input_ids=input_ids, use_cache=False, **places)
+            arguments = {}  # one sequence a row, from position 0: what any model computes by itself
+        output = layouts.text_model(self.lm)(input_ids=input_ids, use_cache=False, **arguments)
         hidden = output.last_hidden_state.flatten(0, 1)[index]  # (N, D)
 
         head = self.lm.get_output_embeddings()
@@ -90,8 +90,8 @@ def build_policy(
     turn_off_dropout(config)
 
     # Packed rows where they are exact, else one sequence a row and the model's own attention
-    reason, calls = layouts.dry_run(config)
-    kernel = choose_kernel(reason, calls, device, dtype)
+    why_padded, calls = layouts.dry_run(config)
+    kernel = choose_kernel(why_padded, calls, device, dtype)
     attention = kernel
     if kernel == "padded":
         attention = layouts.own_attention(config, calls)
@@ -120,7 +120,7 @@ def build_policy(
     if recompute:
         recompute_layers(lm, name, recompute)
     width = attention_width(config, calls)
-    policy = Policy(lm, kernel, reason, width, chunk, squares, factor, softcap)
+    policy = Policy(lm, kernel, why_padded, width, chunk, squares, factor, softcap)
     return shard(policy, mesh, dtype, compile)
 
 
@@ -163,12 +163,12 @@ def attention_width(config, calls):
     return n_layers * config.num_attention_heads * head_width(config)
 
 
-def choose_kernel(reason, calls, device, dtype):
+def choose_kernel(why_padded, calls, device, dtype):
     """The kernel for packing.pack: padded if there is a reason, packed_varlen if it can compute.
 
-    reason, calls: of layouts.dry_run.
+    why_padded, calls: of layouts.dry_run.
     """
-    if reason:
+    if why_padded:
         return "padded"
     if device.type != "cuda" or dtype == torch.float32:
         return "packed_sdpa"

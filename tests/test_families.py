@@ -267,10 +267,10 @@ def test_log_probs_equal_each_sequence_alone_in_plain_transformers(family, mesh,
 
     if family in PACKED:
         assert policy.kernel == "packed_sdpa"
-        assert policy.reason == ""
+        assert policy.why_padded == ""
     else:
         assert policy.kernel == "padded"
-        assert policy.reason
+        assert policy.why_padded
 
 
 @pytest.mark.parametrize("family", ["Falcon", "LFM2", "Phi-3.5"])
