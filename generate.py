@@ -11,7 +11,6 @@ in the manifest. A killed stage goes on behind its last whole block when it is r
 --engine=openai a model behind an endpoint responds, in text.
 """
 
-import functools
 import os
 import random
 from types import SimpleNamespace
@@ -198,7 +197,10 @@ def sample_block(rows, sample, tokenizer):
     # fields of the prompt that are not ours travel along
     records = []
     for row, drawn in zip(rows, sampled):
-        responses = [response_record(tokenizer, row["prompt_ids"], *one) for one in drawn]
+        responses = []
+        for ids, finished, logp in drawn:
+            response = response_record(tokenizer, row["prompt_ids"], ids, finished, logp)
+            responses.append(response)
         records.append(row | {"responses": responses})
     return records
 
@@ -206,7 +208,7 @@ def sample_block(rows, sample, tokenizer):
 # ---- the tasks ----
 
 
-def candidates(manifest):
+def make_candidates(manifest):
     """n_responses to each prompt, from an engine here."""
     # prompts that leave room for max_new_tokens
     tokenizer, eos_ids = load_tokenizer(model)
@@ -221,50 +223,72 @@ def candidates(manifest):
     sample = None
     if rows:  # there may be more processes than prompts
         sample = start_engine(eos_ids, min(max_prompt_tokens + max_new_tokens, limit))
-    respond = functools.partial(sample_block, sample=sample, tokenizer=tokenizer)
-    count = functools.partial(count_and_print, out, count_prompts(rows, dropped))
+    counts = count_prompts(rows, dropped)
+
+    def respond(block_of_rows):
+        return sample_block(block_of_rows, sample, tokenizer)
+
+    def count(records):
+        return count_and_print(out, counts, records)
+
     write_blocks(out, manifest, rows, block, respond, count)
 
 
-def candidates_from_endpoint(manifest):
+def make_candidates_by_endpoint(manifest):
     """n_responses to each prompt, as text. None is too long here: the server knows its limits."""
     pool, dropped = read_pool(check_needs_no_template)
     rows = take_share(pool)
     for row in rows:
         row.pop("prompt_ids", None)  # they would be another model's
 
-    respond = functools.partial(
-        ask_for_responses,
-        out=out,
-        model=model,
-        url=engine_url,
-        n_responses=n_responses,
-        temperature=temperature,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-    )
-    count = functools.partial(count_and_print, out, count_prompts(rows, dropped))
+    counts = count_prompts(rows, dropped)
+
+    def respond(block_of_rows):
+        return ask_for_responses(
+            block_of_rows,
+            out,
+            model=model,
+            url=engine_url,
+            n_responses=n_responses,
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+        )
+
+    def count(records):
+        return count_and_print(out, counts, records)
+
     write_blocks(out, manifest, rows, block, respond, count)
 
 
-def instructions(manifest):
+def make_instructions(manifest):
     """n_prompts new prompts, written by the policy after the pool's."""
     tokenizer, eos_ids = load_tokenizer(model)
     control = control_pattern(tokenizer)
     arguments = template_arguments(template_kwargs, date)
     pool, _ = read_pool(add_prompt_ids, tokenizer, control, max_prompt_tokens, arguments)
-    start = functools.partial(start_engine, eos_ids)
+
+    def start(max_tokens):
+        return start_engine(eos_ids, max_tokens)
+
     write_instructions(pool, manifest, tokenizer, start, SimpleNamespace(**config))
 
 
-def answers(manifest):
+def make_answers(manifest):
     """One answer to each turn of each prompt."""
     tokenizer, eos_ids = load_tokenizer(model)
-    start = functools.partial(start_engine, eos_ids)
+
+    def start(max_tokens):
+        return start_engine(eos_ids, max_tokens)
+
     write_answers(manifest, tokenizer, start, SimpleNamespace(**config))
 
 
-TASKS = {"candidates": candidates, "instructions": instructions, "answers": answers}
+TASKS = {
+    "candidates": make_candidates,
+    "instructions": make_instructions,
+    "answers": make_answers,
+}
 
 
 def check_settings():
@@ -295,12 +319,12 @@ def check_settings():
 
 def main():
     check_settings()
-    write = TASKS[task]
+    make = TASKS[task]
     if engine == "openai":
-        write = candidates_from_endpoint
+        make = make_candidates_by_endpoint
     manifest = open_stage(out, ".jsonl", config, "model", "prompts")
     if manifest is not None:  # else the file is complete
-        write(manifest)
+        make(manifest)
 
     if task == "answers":  # for a complete file too, as a kill may come between it and these
         name = answer_name or os.path.basename(model.rstrip("/"))
