@@ -33,6 +33,9 @@ from nanoaipo.served import with_served
 from nanoaipo.stages import fingerprint, manifest_path, open_stage, write_json_output
 from nanoaipo.stats import LENGTH_ALARM, interval, length_controlled_interval, variety
 
+# What imports torch takes seconds, so functions import it: before they run, a finished stage or bad
+# input has ended the program
+
 # fmt: off
 # ---- settings ----
 bench = "win_rate"                      # or guard, alpaca_eval, mt_bench, arena_hard, wild_bench
@@ -84,7 +87,7 @@ def evaluate_win_rate():
     won = judge_answers(prompts, ours, theirs)
 
     # of a judge behind an endpoint, the model that it says it served
-    from nanoaipo.rankers import who_answered  # it imports torch
+    from nanoaipo.rankers import who_answered
 
     manifest["served"] = who_answered(eval_ranker, eval_ranker_model, config)
     scores = {
@@ -182,7 +185,6 @@ def judge_answers(prompts, ours, theirs):
     if not differ:
         return won
 
-    # torch is imported only here: a finished stage and bad input end the program before
     from nanoaipo.rankers import load_ranker
 
     settings = config | {

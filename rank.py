@@ -42,6 +42,9 @@ from nanoaipo.stages import open_output, open_stage, write_json_output
 from nanoaipo.stats import wilson_interval
 from nanoaipo.thoughts import split_thought, with_thought
 
+# What imports torch takes seconds, so functions import it: before they run, a finished stage or bad
+# input has ended the program
+
 # fmt: off
 # ---- settings ----
 candidates = ""                         # candidates file, folder or glob
@@ -186,7 +189,7 @@ def labels_by_model(competitors, reward_temperature):
 
     What both models wrote is the stronger one's, whose responses come first.
     """
-    from nanoaipo.judges import from_rewards  # it imports torch
+    from nanoaipo.judges import from_rewards
 
     labels = []
     for _, responses in competitors:
@@ -511,7 +514,7 @@ def print_summary(numbers):
 
 def start_ranker(settings, counts):
     """The ranker of the settings, as in nanoaipo/rankers.py: from rows to (rewards, log_odds)."""
-    from nanoaipo.rankers import load_ranker, with_length_bias  # torch is imported only now
+    from nanoaipo.rankers import load_ranker, with_length_bias
 
     rank = load_ranker(ranker, settings["ranker_model"], settings, counts)
     if length_bias:

@@ -44,6 +44,9 @@ from nanoaipo.processes import (
 from nanoaipo.seeds import derive_seed
 from nanoaipo.stages import finish_folder, manifest_path, open_stage, version
 
+# What imports torch takes seconds, so functions import it: before they run, a finished stage or bad
+# input has ended the program
+
 # ---------------------------------------------------------------------------- settings
 
 # fmt: off
@@ -129,7 +132,7 @@ def check_settings():
 
 def settings_of_loss():
     """Names of the settings that the loss reads; raises InputError for a loss that cannot be."""
-    import losses  # it imports torch
+    import losses
 
     try:
         symbol_names, setting_names = losses.arguments_of(loss)
@@ -165,7 +168,7 @@ def plan_epochs(n_tokens, padded):
     A step is a list of micro-batches, a micro-batch a list of indices of pairs for each process.
     n_tokens: to compute for each pair. padded: whether rows are, to the longest of them.
     """
-    from nanoaipo.packing import plan  # it imports torch
+    from nanoaipo.packing import plan
 
     steps = []
     rng = random.Random(seed)
@@ -395,7 +398,6 @@ def main():
 
 def train(final_dir, manifest, tokenizer, eos_ids, records):
     """Train on these records (pairs as ids) and write the folder final_dir."""
-    # torch takes seconds to import, and a finished stage or bad input has ended the run by now
     import torch
     import torch.distributed as dist
 
