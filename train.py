@@ -101,6 +101,9 @@ config = configure(globals())
 SCHEDULES = ("cosine", "linear", "constant")
 
 
+# The run is told by `train`, the last function: read it first. All that stands before it are its
+# checks and helpers.
+
 # ---------------------------------------------------------------------------- checks and the plan
 
 
@@ -380,7 +383,7 @@ def differences_of_pair(record, logp_w, logp_l):
 def main():
     check_settings()
     final_dir = out.rstrip("/")
-    manifest = open_stage(final_dir, "", config, "model", "pairs")
+    manifest = open_stage(final_dir, "", config, "model", "pairs")  # "": a folder has no suffix
     if manifest is None:  # complete
         return
     tokenizer, eos_ids = load_tokenizer(model)
@@ -407,7 +410,7 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
     from nanoaipo.policy import build_policy, flops, matmul_rate
     from nanoaipo.weights import load_weights, save_policy
 
-    lap("starting")
+    lap("starting")  # the time so far; the manifest says how long each part took
 
     # ---- what the objective reads
     setting_names = settings_of_loss()
@@ -447,12 +450,9 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
     )
 
     def forward(indices):
-        """(logp_w, logp_l, pair_weights, padding) of these pairs: (B,) each, and a share.
-
-        pair_weights are WPO's, else all 1.
-        """
+        """(logp_w, logp_l, pair_weights, padding) of these pairs: (B,) each, and a share."""
         row, lengths, padding = pack([records[i] for i in indices], policy.kernel)
-        lengths = lengths.to(device)  # (2B,)
+        lengths = lengths.to(device)  # (2B,); the row's tensors FSDP moves there
         if wpo:
             logp, log_squares = policy(**row)  # (N,) each, N response tokens
         else:
@@ -466,7 +466,7 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
             summed = logp.where(losses.drawn_tokens(lengths, seeds), 0)
         sums = losses.segment_sums(summed, lengths, ld_alpha)  # (2B,)
         logp_w, logp_l = sums.view(-1, 2).T.contiguous()  # (2, B)
-        pair_weights = torch.ones_like(logp_w)
+        pair_weights = torch.ones_like(logp_w)  # (B,), all alike but with WPO
         if wpo:
             pair_weights = losses.wpo_weights(logp, log_squares, lengths)
         return logp_w, logp_l, pair_weights, padding
@@ -596,7 +596,7 @@ def train(final_dir, manifest, tokenizer, eos_ids, records):
         metrics.close()
         finish_folder(output_dir, manifest)
         os.replace(output_dir, final_dir)
-        for folder in glob.glob(os.path.join(glob.escape(final_dir), "step_*")):
+        for folder in glob.glob(os.path.join(glob.escape(final_dir), "step_*")):  # checkpoints
             shutil.rmtree(folder)
     if wandb_run:
         wandb_run.finish()
