@@ -61,7 +61,7 @@ tensor_parallel = 1                     # GPUs per engine (vllm)
 gpu_memory = 0.9                        # share of a GPU's memory the engine may take (vllm)
 seed = 0                                # of the run
 template_kwargs = ""                    # of the chat template, JSON: {"enable_thinking": false}
-date = ""                               # day that it is told, YYYY-MM-DD; empty: today's
+date = ""                               # day in the chat template, YYYY-MM-DD; empty: today's
 config = configure(globals())
 # fmt: on
 

@@ -48,10 +48,10 @@ from nanoaipo.thoughts import split_thought, with_thought
 # fmt: off
 # ---- settings ----
 candidates = ""                         # candidates file, folder or glob
-weaker = ""                             # and a weaker model's to the same prompts, which lose
-meta = ""                               # or known preferences, to judge the ranker itself by
-meta_repeats = 0                        # and again so many times: runs of a judge differ
-out = ""                                # pairs file to write (JSONL); of meta, the numbers (JSON)
+weaker = ""                             # a weaker model's candidates, which join and always lose
+meta = ""                               # known preferences: measure the ranker, make no pairs
+meta_repeats = 0                        # further runs of meta, for a judge whose replies vary
+out = ""                                # pairs to write (JSONL); with meta, the numbers (JSON)
 ranker = "pairrm"                       # pairrm, llm-blender, reward, judge, answer or annotators
 # "policy" is the policy itself; annotators are written "pairrm:MODEL reward:MODEL ..."
 ranker_model = "llm-blender/PairRM"     # folder or hub name, "policy", or the annotators
@@ -87,7 +87,7 @@ tensor_parallel = 1                     # GPUs per engine (vllm)
 gpu_memory = 0.9                        # share of a GPU's memory the engine may take (vllm)
 seed = 0                                # of the run
 template_kwargs = ""                    # of the chat template, JSON: {"enable_thinking": false}
-date = ""                               # day that it is told, YYYY-MM-DD; empty: today's
+date = ""                               # day in the chat template, YYYY-MM-DD; empty: today's
 config = configure(globals())
 
 # what the manifest counts, in this order: prompts and pairs, then what was dropped and why
@@ -204,7 +204,7 @@ def labels_by_model(competitors, reward_temperature):
 #
 # A rule is given the scores and the lengths of the distinct responses of a prompt, not all scores
 # equal, and a generator of random numbers that is the prompt's own. It returns pairs (index of the
-# chosen, index of the rejected). It names the settings that it wants; main passes all of them.
+# chosen, index of the rejected). It names the settings that it wants; pairs_of passes all of them.
 
 
 def best_worst(scores, lengths, rng, **_):
@@ -420,7 +420,7 @@ def pairs_of(row, responses, rewards, log_odds, counts, *, pair_rule, seed, **se
 
 
 def mix_in(pairs, path, share, seed):
-    """(As many pairs in random order, this share of them from the file, how many that is).
+    """(The pairs, a share of them replaced by pairs of the file, in random order; how many).
 
     SimpleMix (2505.02363): ours make room for theirs. Raises InputError if the file has too few.
     """
@@ -626,7 +626,11 @@ def annotator_models(spec):
 
 
 def stage_settings():
-    """(Settings for the manifest, suffix of `out`, names of the settings that hold inputs)."""
+    """(Settings for the manifest, suffix of `out`, names of the settings that hold inputs).
+
+    From here on ranker_model is read from these settings: in them it is the model itself, and empty
+    where no model ranks.
+    """
     # the policy may be its own judge
     settings = dict(config)
     policy = settings.pop("model")
