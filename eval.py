@@ -9,10 +9,11 @@
         --judge_model=gpt-4.1-2025-04-14 --judge_url=https://api.openai.com/v1
 
 win_rate needs no network. It reads candidates files (generate.py --n_responses=1), joins them by id
-and takes the first response to each prompt. Where prompts carry `answer`, accuracy is the truth
-that the judge does not see; where it lists instructions, followed is. guard says these two alone,
-and nobody judges. For a benchmark it is answers -> judgments -> scores, with files between: with a
-judge_model the judgments are asked for first, a published file is scored as it is.
+and takes the first response to each prompt. Where prompts carry `answer`, it also says what the
+judge does not see: accuracy, the share of right responses, and followed, the share that do what an
+`answer` of instructions lists. These two are the guard (nanoaipo/guard.py); --bench=guard gives
+them alone, without a judge. For a benchmark it is answers -> judgments -> scores, with files
+between: with a judge_model the judgments are asked for first, a published file is scored as it is.
 Rates are in percent, intervals of 95 %.
 """
 
@@ -112,8 +113,8 @@ def print_win_rate(scores):
         truth += f"accuracy {text['accuracy']} %, "
     if scores["followed"] is not None:
         truth += f"followed {text['followed']} % (share {text['followed_share']} %), "
-    guard = os.path.join(os.path.dirname(out), "guard.json")  # iterate.sh's
-    if not truth and not os.path.exists(guard):
+    guard_path = os.path.join(os.path.dirname(out), "guard.json")  # iterate.sh's
+    if not truth and not os.path.exists(guard_path):
         print(NO_GUARD)
     print(
         f"win rate {text['win_rate']} % ({text['win_rate_ci']}), "
@@ -137,12 +138,12 @@ def print_guard_alarms(scores):
     if not lies_above(scores["win_rate_ci"], [50, 50]):
         return
     before = scores["guard_of_baseline"]
-    for guard, words in GUARDS.items():
-        if lies_above(guard_interval(before, guard), guard_interval(scores, guard)):
+    for name, words in GUARDS.items():
+        if lies_above(guard_interval(before, name), guard_interval(scores, name)):
             print(
                 f"GUARD ALARM: win rate rises, guard falls: the judge prefers these answers "
-                f"({scores['win_rate']:.1f} % wins), but the {words} is {scores[guard]:.1f} %, and "
-                f"{before[guard]:.1f} % in the baseline's; their intervals do not touch"
+                f"({scores['win_rate']:.1f} % wins), but the {words} is {scores[name]:.1f} %, and "
+                f"{before[name]:.1f} % in the baseline's; their intervals do not touch"
             )
 
 
