@@ -1,6 +1,7 @@
 """AIPO (arXiv 2409.08845) on Mistral-Nemo-Instruct-2407, one node of 8 GPUs.
 
-Its hyper-parameters were searched on this model.
+The paper searched its hyper-parameters on this model. Behind each setting stands its source: a
+section, table or equation of the paper, its official code (repository), or ours where neither says.
 """
 model = "mistralai/Mistral-Nemo-Instruct-2407"  # Tab. 3
 prompts = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"  # the paper's pool, 61,135 prompts
