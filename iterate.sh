@@ -37,7 +37,8 @@ if ((engines == 0)); then engines=$processes; fi
 if ((rank_processes == 0)); then rank_processes=$processes; fi
 if [[ ! -f $eval_guard && -f $here/$eval_guard ]]; then eval_guard=$here/$eval_guard; fi
 
-# stage NAME PROCESSES --key=value ...: run a script with this run's recipe, on all nodes at once
+# stage NAME PROCESSES --key=value ...: run a script with this run's recipe, on all nodes at once;
+# nodes=1 stage ...: on this one alone
 stage() {
   echo "--- iteration $t: $1"
   local launcher=(python)
@@ -47,7 +48,7 @@ stage() {
   elif (($2 > 1)); then
     launcher=(torchrun --standalone --nproc-per-node="$2")
   fi
-  "${launcher[@]}" "$here/$1.py" "$out/recipe.py" "${@:3}" 9>&-
+  "${launcher[@]}" "$here/$1.py" "$out/recipe.py" "${@:3}" 9>&- # the lock stays with this shell
 }
 
 # in_turn "FILE ...": print the file that is this iteration's turn
@@ -62,7 +63,7 @@ guard() {
   if [[ ! $eval_guard ]]; then return; fi
   stage generate "$engines" --model="$policy" --prompts="$eval_guard" --prompt_field= \
     --n_prompts=0 --n_responses=1 --temperature=0 --out="$out/iter_$t/guard_answers.jsonl"
-  if ((this_node > 0)); then return; fi
+  if ((this_node > 0)); then return; fi # all nodes answer, node 0 grades
   nodes=1 stage eval 1 --bench=guard --answers="$out/iter_$t/guard_answers.jsonl" \
     --out="$out/iter_$t/guard.json"
 }
@@ -74,7 +75,7 @@ evaluate() {
   stage generate "$engines" --model="$policy" --prompts="$eval_prompts" \
     --prompt_field="$eval_prompt_field" --n_prompts="$n_eval" --n_responses=1 \
     --temperature="$eval_temperature" --out="$out/iter_$t/answers.jsonl"
-  if ((this_node > 0)); then return; fi
+  if ((this_node > 0)); then return; fi # all nodes answer, node 0 judges
   nodes=1 stage eval 1 --answers="$out/iter_$t/answers.jsonl" \
     --baseline="$out/iter_0/answers.jsonl" --out="$out/iter_$t/eval.json"
 }
