@@ -62,6 +62,9 @@ def symbols_of(logp_w, logp_l, ref_w, ref_l, len_w, len_l, z=None, **extra):
 
 
 # ---------------------------------------------------------------------------- objectives
+#
+# The table OBJECTIVES, below, has all of them, aipo and dpo among its first lines. Before it stand
+# what its formulas share, and the objectives that take more than one expression.
 
 
 def bt(x, p):
