@@ -6,7 +6,7 @@
 #
 # Each stage is a process of its own (processes > 1: torchrun), so its memory is free when it ends. A
 # stage whose output is there is not run again: interrupt anywhere, run the same command to go on.
-# Settings of the loop: configurator.py. Several nodes (--nodes=N): docs/cluster.md.
+# Settings of the loop: nanoaipo/run.py. Several nodes (--nodes=N): docs/cluster.md.
 set -euo pipefail
 here=$(dirname "$0")
 if [[ -z ${VIRTUAL_ENV:-} && -x $here/.venv/bin/python ]]; then
@@ -15,15 +15,15 @@ fi
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 
 if [[ " $* " == *" --preflight "* || " $* " == *" --help "* ]]; then # print, and do not run
-  exec python "$here/configurator.py" "$@"
+  exec python -m nanoaipo.run "$@"
 fi
 
 if [[ " $* " == *" --nodes="* && ! ${ITERATE_NODES:-} ]]; then # come back when all nodes are there
-  exec python "$here/configurator.py" --node "$@"
+  exec python -m nanoaipo.run --node "$@"
 fi
 
 # One run at a time in a folder: descriptor 9 holds its lock until this shell ends, however it ends.
-lock=$(python "$here/configurator.py" --lock "$@")
+lock=$(python -m nanoaipo.run --lock "$@")
 if [[ $lock ]]; then # of several nodes only node 0 has one
   exec 9<> "$lock"
   python -m nanoaipo.locks 9 "$lock" $$
@@ -31,7 +31,7 @@ fi
 export ITERATE_PID=$$ # a stage that it started ends with it, too
 
 # The settings are checked, kept as $out/recipe.py, and become variables of this shell.
-settings=$(python "$here/configurator.py" "$@")
+settings=$(python -m nanoaipo.run "$@")
 eval "$settings"
 if ((engines == 0)); then engines=$processes; fi
 if ((rank_processes == 0)); then rank_processes=$processes; fi

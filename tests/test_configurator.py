@@ -11,6 +11,7 @@ from conftest import ROOT
 
 import configurator
 from nanoaipo.errors import InputError
+from nanoaipo.run import SET_FOR_STAGES, settings_of_run
 
 SCRIPT = '''"""What it does."""
 from configurator import configure
@@ -218,7 +219,7 @@ def test_at_a_python_prompt_a_wrong_setting_is_an_error_and_not_the_end(tmp_path
     with pytest.raises(InputError, match="bad.py:1: a recipe holds `name = literal` lines only"):
         configurator.literals(str(tmp_path / "bad.py"))
     with pytest.raises(InputError, match="run: 'model' is not set"):
-        configurator.settings_of_run(["--iterations=1"], every_setting())
+        settings_of_run(["--iterations=1"], every_setting())
 
 
 # ------------------------------------------------------------------------------------- all scripts
@@ -287,8 +288,9 @@ def resolve(tmp_path):
 
     def resolve(*arguments):
         done = subprocess.run(
-            [sys.executable, str(ROOT / "configurator.py"), *arguments],
+            [sys.executable, "-m", "nanoaipo.run", *arguments],
             cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
         )
@@ -309,12 +311,12 @@ def test_help_of_the_loop_lists_its_settings_and_writes_nothing(tmp_path):
     assert done.returncode == 0
     assert done.stderr == ""
     assert done.stdout.startswith("usage: bash iterate.sh config/x.py")
-    for name in configurator.declared("configurator.py"):
+    for name in configurator.declared("nanoaipo/run.py"):
         assert f"\n  --{name}=" in done.stdout
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("key", configurator.SET_FOR_STAGES)
+@pytest.mark.parametrize("key", SET_FOR_STAGES)
 def test_what_the_loop_sets_for_each_stage_is_refused(key, resolve, tmp_path):
     (tmp_path / "r.py").write_text('model = "m"\n')
 

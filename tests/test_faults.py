@@ -467,7 +467,7 @@ OTHER_PIPE = STAGE.replace("time.sleep(60)", "raise BrokenPipeError(32, 'Broken 
     "command",
     [
         ["rank.py", "--help"],
-        ["configurator.py", "--help"],
+        ["-m", "nanoaipo.run", "--help"],
         ["rank.py"],
         ["-c", STAGE],
         ["-c", UNFLUSHED],
