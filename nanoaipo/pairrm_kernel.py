@@ -128,11 +128,12 @@ def attention_kernel(
     rows_i = (start + i)[:, None] * width + columns[None, :]  # (TILE, HEAD_SIZE)
     q = tl.load(query + rows_i, mask=(i < length)[:, None], other=0.0)
 
-    # the scores by bucket of this head and sequence; a row behind the end is read as the last
-    offset = (head * n_tokens + start).to(tl.int64) * BUCKETS
-    to_position += offset
-    from_position += offset
-    scores_of_i = tl.minimum(i, length - 1)[:, None] * BUCKETS  # (TILE, 1)
+    # where the scores by bucket of this head and sequence begin, and then those of each query; what
+    # is behind the sequence's end is read as its last token
+    begin = (head * n_tokens + start).to(tl.int64) * BUCKETS
+    to_position += begin
+    from_position += begin
+    offset_i = tl.minimum(i, length - 1)[:, None] * BUCKETS  # (TILE, 1)
 
     # the largest score so far, the sum of e^(score - largest), and the values weighted by these
     largest = tl.full([TILE], float("-inf"), tl.float32)
@@ -150,10 +151,10 @@ def attention_kernel(
         in_tile = place[:, None] * TILE + place[None, :]  # (TILE, TILE)
         in_tile += (tiles_right + n_tiles - 1) * TILE * TILE
         bucket = tl.max_contiguous(tl.load(by_query + in_tile), [1, TILE])  # [i, j]
-        from_i = tl.load(to_position + (scores_of_i + bucket))
+        from_i = tl.load(to_position + (offset_i + bucket))
         bucket = tl.max_contiguous(tl.load(by_key + in_tile), [1, TILE])  # [j, i]
-        scores_of_j = tl.minimum(j, length - 1)[:, None] * BUCKETS  # (TILE, 1)
-        from_j = tl.load(from_position + (scores_of_j + bucket))
+        offset_j = tl.minimum(j, length - 1)[:, None] * BUCKETS  # (TILE, 1)
+        from_j = tl.load(from_position + (offset_j + bucket))
 
         # all scores; ieee: without it, products of float32 would be rounded to 10 bits
         scores = tl.dot(q, k.T, input_precision="ieee") * scale + from_i + from_j.T
