@@ -16,7 +16,7 @@ CONVERT = (
 def check_has_model(name, setting="model"):
     """Raise InputError for a folder or hub model that holds an adapter or pickles and no model."""
     check_no_pickle(name, setting)
-    has_config = find_file(name, "config.json", setting) is not None
+    has_config = find_config(name, setting) is not None
     if has_config and not holds_only_adapter(name):
         return
     adapter_config = find_file(name, "adapter_config.json")
@@ -57,7 +57,7 @@ def holds_only_adapter(name):
 
 def check_not_quantized(name, setting="model"):
     """Raise InputError if config.json says that the weights are codes and not numbers."""
-    path = find_file(name, "config.json", setting)
+    path = find_config(name, setting)
     if path is None:
         return
 
@@ -77,29 +77,42 @@ def quantization_error(name, method, setting="model"):
     )
 
 
-def find_file(name, file, setting="model"):
-    """Path of a file in a folder or of a hub model, or None if it has no such file.
+def find_config(name, setting):
+    """Path of a model's config.json, or None if it has none.
 
-    Raises InputError for the config.json of a hub model that is not cached, without a network.
+    Raises InputError for a hub model that is not cached where there is no network: whoever loads it
+    would ask the hub for minutes.
     """
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return fetch_file(name, "config.json")
+    except LocalEntryNotFoundError as e:
+        raise InputError(
+            f"--{setting}={name}: no model folder, no config.json of it in the hub's cache, "
+            "and the hub cannot be reached: name a folder, or fetch it where there is a network"
+        ) from e
+    except Exception:  # hub errors come in many classes; whoever loads the model will name them
+        return None
+
+
+def find_file(name, file):
+    """Path of a file in a folder or of a hub model, or None if it has no such file."""
+    try:
+        return fetch_file(name, file)
+    except Exception:  # as in find_config
+        return None
+
+
+def fetch_file(name, file):
+    """Path of a file in a folder, None if it is not there, or of a hub model; raises its errors."""
     if os.path.isdir(name):
         path = os.path.join(name, file)
         return path if os.path.exists(path) else None
 
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    try:
-        return hf_hub_download(name, file)
-    except LocalEntryNotFoundError as e:
-        if file == "config.json":  # whoever loads the model would ask the hub for minutes
-            raise InputError(
-                f"--{setting}={name}: no model folder, no config.json of it in the hub's cache, "
-                "and the hub cannot be reached: name a folder, or fetch it where there is a network"
-            ) from e
-        return None
-    except Exception:  # hub errors come in many classes; whoever loads the model will name them
-        return None
+    return hf_hub_download(name, file)
 
 
 def read_json(path):
