@@ -40,6 +40,7 @@ CHECKS = {
     "ranking.reward_model":             2,
     "sampling.transformers_engine":     4,
     "sampling.generate":                20,
+    "sampling.vllm":                    70,
     "training.steps":                   36,
     "training.resume":                  60,
     "speed.card":                       2,
@@ -51,7 +52,6 @@ CHECKS = {
     "speed.generate":                   12,
     "speed.micro_batch":                95,
     "speed.recompute":                  30,
-    "sampling.vllm":                    70,
     "speed.vllm":                       90,
 }
 # fmt: on
