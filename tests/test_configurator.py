@@ -299,14 +299,20 @@ def resolve(tmp_path):
     return resolve
 
 
-def test_help_of_the_loop_lists_its_settings_and_writes_nothing(tmp_path):
-    done = subprocess.run(
-        ["bash", str(ROOT / "iterate.sh"), "r.py", "--help"],
-        cwd=tmp_path,
-        env=os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"},
+def iterate(folder, *arguments):
+    """Run iterate.sh in a folder with this Python."""
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", str(ROOT / "iterate.sh"), *arguments],
+        cwd=folder,
+        env=os.environ | {"PATH": path},
         capture_output=True,
         text=True,
     )
+
+
+def test_help_of_the_loop_lists_its_settings_and_writes_nothing(tmp_path):
+    done = iterate(tmp_path, "r.py", "--help")
 
     assert done.returncode == 0
     assert done.stderr == ""
@@ -334,13 +340,7 @@ def test_a_loss_that_is_none_is_refused_before_the_first_stage(tmp_path):
         "--loss=dpo+dpo": "--loss=dpo+dpo: 'dpo' comes twice: write one term with the sum",
         "--seed=1": "--loss=dp: loss 'dp' is unknown",  # the recipe's
     }.items():
-        done = subprocess.run(
-            ["bash", str(ROOT / "iterate.sh"), "r.py", setting],
-            cwd=tmp_path,
-            env=os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"},
-            capture_output=True,
-            text=True,
-        )
+        done = iterate(tmp_path, "r.py", setting)
 
         assert done.returncode == 1
         assert done.stdout == ""
